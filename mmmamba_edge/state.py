@@ -1,0 +1,202 @@
+"""The state on disk: session files.
+
+A session file is safetensors, mode 0600, since it holds a conversation: `state.{name}` for every
+array of the neutral layout (`runtimes/base.py`) and, in the metadata, a JSON record. It keeps no
+transcript: what the model remembers is the state, so the file is as fixed in size as the state is.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.runtimes.base import Runner, State
+
+SESSION = "mmmamba-edge session"  # the kind of file
+VERSION = 1  # of its format; a newer one is refused
+
+Tensors = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a session file says beside its arrays."""
+
+    model_id: str
+    quant: str
+    template: str  # name of the prompt template the conversation is written in
+    tokens: int  # read so far
+    answer: dict[str, Any] | None  # the last one, `Answer.to_dict`; None: nothing was asked yet
+    system: str | None = None
+
+
+# --- session files -------------------------------------------------------------------------------
+
+
+def save_session(
+    path: str | Path, record: Record, state: State, extra: Mapping[str, NDArray[Any]]
+) -> None:
+    """Write a session file whole or not at all.
+
+    Args:
+        path: the file; its folder must exist. An existing file is replaced.
+        record: the model's identity and where the conversation stands.
+        state: the state, written as float32.
+        extra: further small arrays, kept under their names.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    tensors: Tensors = {f"state.{name}": array for name, array in state.arrays().items()}
+    tensors.update(extra)
+    write_tensors(
+        path, SESSION, tensors, {"record": json.dumps(asdict(record), ensure_ascii=False)}
+    )
+
+
+def load_session(
+    path: str | Path, runner: Runner, *, allow_other_quant: bool = False
+) -> tuple[Record, State, Tensors]:
+    """Read a session file for `runner`.
+
+    Returns:
+        The record, the state on this runner, and the extra arrays by name.
+
+    Raises:
+        UserError: not a session file, damaged, of a newer format, of another model, or of another
+            quantisation of this model (unless `allow_other_quant`).
+    """
+    tensors, metadata = read_tensors(path, SESSION)
+    try:
+        record = Record(**json.loads(metadata["record"]))
+        assert isinstance(record.tokens, int)
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{path}: not a session file, or a damaged one ({error!r})") from error
+    if record.model_id != runner.model_id:
+        raise UserError(
+            f"{path}: this conversation was held with model {record.model_id}, and the model here "
+            f"is {runner.model_id}; open it with the model it belongs to"
+        )
+    if record.quant != runner.quant and not allow_other_quant:
+        raise UserError(
+            f"{path}: this conversation was held with the {record.quant!r} weights of this model, "
+            f"and these are {runner.quant!r}; the state fits but answers may drift: allow it with "
+            "--allow-other-quant (allow_other_quant=True)"
+        )
+    arrays = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+    extra = {k: v for k, v in tensors.items() if not k.startswith("state.")}
+    try:
+        state = runner.load_state(arrays, record.tokens)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return record, state, extra
+
+
+# --- safetensors, written atomically and checked on reading --------------------------------------
+
+
+def write_tensors(
+    path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file of mode 0600 under a temporary name, then rename it.
+
+    The arrays go to disk one by one, without the second copy that serialising in memory makes.
+
+    Raises:
+        UserError: the file cannot be written; nothing is left behind.
+    """
+    target = Path(os.path.realpath(path))  # a link stays a link: what it points at is replaced
+    arrays = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+    metadata = {**metadata, "kind": kind, "version": str(VERSION)}
+    header = _header(arrays, {**metadata, "sha256": _digest(arrays, metadata)})
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".mmmamba-", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:  # mkstemp's files are mode 0600
+            file.write(struct.pack("<Q", len(header)) + header)
+            for array in arrays.values():
+                file.write(array.data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def check_writable(path: str | Path) -> None:
+    """UserError if `path` could not be written: early, before work is done that it should hold."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise UserError(f"{path}: a folder; give the name of a file")
+    if not target.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {target.parent}; make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {target.parent} cannot be written to")
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[Tensors, dict[str, str]]:
+    """Read a file of `write_tensors`: arrays (copies) and metadata.
+
+    Raises:
+        UserError: missing, not safetensors, of another kind, of a newer format, or damaged.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("kind") != kind:
+                raise UserError(
+                    f"{path}: not a file of kind {kind!r} (its metadata lacks the name)"
+                )
+            if metadata.get("version") != str(VERSION):
+                raise UserError(
+                    f"{path}: {kind} format {metadata.get('version')}; this release reads format "
+                    f"{VERSION}: open it with the release that wrote it"
+                )
+            tensors: Tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not found") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a {kind}, or a truncated one ({error})") from error
+    if metadata.pop("sha256", None) != _digest(tensors, metadata):
+        raise UserError(f"{path}: damaged, the contents do not match their hash; it cannot be used")
+    return tensors, metadata
+
+
+def _header(arrays: Tensors, metadata: Mapping[str, str]) -> bytes:
+    """The JSON that opens a safetensors file, padded so that the arrays are aligned to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, array in arrays.items():
+        header[name] = {
+            "dtype": _DTYPES[array.dtype.str],
+            "shape": array.shape,
+            "data_offsets": (start, start + array.nbytes),
+        }
+        start += array.nbytes
+    text = json.dumps(header, ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+_DTYPES = {"<f4": "F32", "|u1": "U8"}  # little-endian throughout, as safetensors is
+
+
+def _digest(arrays: Tensors, metadata: Mapping[str, str]) -> str:
+    """SHA-256 over metadata, names, shapes and data: a flipped bit in a state would go unseen."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, array in arrays.items():
+        digest.update(f"\n{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
