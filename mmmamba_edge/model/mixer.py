@@ -1,0 +1,177 @@
+"""The Mamba-2 mixer in attention's place (spec 3): projections, conv, SSD, gated norm, output."""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmmamba_edge.config import CONV_KERNEL, StackConfig
+from mmmamba_edge.model import ssd
+from mmmamba_edge.model.layers import RMSNorm
+
+G_NORM_EPS = 1e-5  # fixed in the original, whatever rms_norm_eps says
+
+
+@dataclass
+class MixerState:
+    """All that a Mamba-2 layer remembers; its size does not depend on what was read."""
+
+    conv: Tensor  # (batch, channels, kernel - 1): the last pre-conv columns, channels v, k, q
+    ssm: Tensor  # (batch, heads, key_dim, value_dim) float32
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their neutral names (runtimes/base.py)."""
+        return {"conv": self.conv, "ssm": self.ssm}
+
+    def copy(self) -> "MixerState":
+        """An independent copy."""
+        return MixerState(self.conv.clone(), self.ssm.clone())
+
+
+class Mamba2Mixer(nn.Module):
+    """q, k, v through a causal conv and SiLU, then SSD, then RMSNorm per head times SiLU(gate).
+
+    No positions, no softmax scale, no D skip. `in_proj` is the projection to dt, despite its name:
+    the released checkpoints call it so.
+    """
+
+    def __init__(self, config: StackConfig):
+        super().__init__()
+        self.config = config
+        hidden, key_value = config.hidden_size, config.key_value_dim
+        heads = config.num_attention_heads
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, key_value, bias=False)
+        self.v_proj = nn.Linear(hidden, key_value, bias=False)
+        self.g_proj = nn.Linear(hidden, hidden, bias=False)
+        self.in_proj = nn.Linear(hidden, heads, bias=False)
+        self.conv1d = nn.Conv1d(
+            config.conv_dim, config.conv_dim, CONV_KERNEL, groups=config.conv_dim
+        )
+        self.dt_bias = nn.Parameter(torch.zeros(heads))
+        self.A_log_bias = nn.Parameter(torch.ones(heads))
+        self.g_norm = RMSNorm(config.head_dim, G_NORM_EPS)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+    def new_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
+        """The state before the first token: zeros."""
+        c = self.config
+        return MixerState(
+            torch.zeros(batch, c.conv_dim, CONV_KERNEL - 1, device=device, dtype=dtype),
+            torch.zeros(
+                batch, c.num_attention_heads, c.head_dim, c.head_dim, device=device,
+                dtype=torch.promote_types(dtype, torch.float32),
+            ),
+        )  # fmt: skip
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None
+    ) -> Tensor:
+        """Mix along the sequence; a given state is read and then updated.
+
+        Args:
+            x: (batch, seq, hidden), right-padded.
+            lengths: (batch,) real tokens of each row; None: all of them. Padding never touches
+                the state.
+            state: where to go on from; None: from zeros, and nothing is kept.
+
+        Returns:
+            (batch, seq, hidden).
+        """
+        return self.o_proj(self.heads(x, lengths, state).flatten(2))
+
+    def heads(
+        self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None
+    ) -> Tensor:
+        """`forward` up to the output projection: (batch, seq, heads, head_dim), normed, gated.
+
+        This is what distillation stages 1 and 2 compare with the teacher's attention (spec 6.2).
+        """
+        q, k, v, dt = self.ssd_inputs(x, lengths, state)
+        a = -torch.exp(self.A_log_bias.float())
+        if state is None:
+            y, _ = ssd.chunked(q, k, v, dt, a)
+        elif x.shape[1] == 1:
+            y, state.ssm = ssd.step(q[:, 0], k[:, 0], v[:, 0], dt[:, 0], a, state.ssm)
+            y = y[:, None]
+        else:
+            y, state.ssm = ssd.chunked(q, k, v, dt, a, state.ssm)
+        gate = self.g_proj(x).unflatten(-1, (-1, self.config.head_dim))
+        return self.g_norm(y) * F.silu(gate)
+
+    def ssd_inputs(
+        self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v (batch, seq, heads, head_dim) after conv and SiLU, and dt (batch, seq, heads)."""
+        c = self.config
+        z = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(self.in_proj(x).to(wide) + self.dt_bias.to(wide))
+        if lengths is not None:
+            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            dt = dt * real[..., None]
+        z, column = causal_conv(
+            z, self.conv1d.weight, self.conv1d.bias, None if state is None else state.conv, lengths
+        )
+        if state is not None:
+            state.conv = column
+        v, k, q = z.split([c.key_value_dim, c.key_value_dim, c.hidden_size], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in (q, k, v))
+        groups = c.num_attention_heads // c.num_key_value_heads
+        return q, k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), dt
+
+
+def causal_conv(
+    z: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal conv over time, then SiLU.
+
+    Args:
+        z: (batch, seq, channels).
+        weight: (channels, 1, kernel).
+        bias: (channels,).
+        state: (batch, channels, kernel - 1) columns before the first; None: zeros.
+        lengths: (batch,) real tokens of each row; None: all.
+
+    Returns:
+        (batch, seq, channels), and the last kernel - 1 real columns (batch, channels, kernel - 1).
+    """
+    batch, seq, channels = z.shape
+    kernel = weight.shape[-1]
+    before = (
+        z.new_zeros(batch, kernel - 1, channels) if state is None else state.transpose(1, 2).to(z)
+    )
+    padded = torch.cat([before, z], dim=1)  # (batch, kernel - 1 + seq, channels)
+    if z.is_cuda and z.dtype != torch.float64 and (fused := conv_kernel()):
+        columns = padded.transpose(1, 2)  # (batch, channels, kernel - 1 + seq)
+        y = fused(columns, weight[:, 0], bias, activation="silu").transpose(1, 2)[:, kernel - 1 :]
+    else:
+        taps = (weight[:, 0, j] * padded[:, j : j + seq] for j in range(kernel))
+        total = sum(taps, start=torch.zeros((), device=z.device, dtype=z.dtype))
+        y = F.silu(total if bias is None else total + bias)
+    if lengths is None:
+        last = padded[:, seq:]
+    else:
+        index = lengths[:, None] + torch.arange(kernel - 1, device=z.device)  # (batch, kernel - 1)
+        last = padded.gather(1, index[..., None].expand(-1, -1, channels))
+    return y, last.transpose(1, 2).contiguous()
+
+
+@cache
+def conv_kernel() -> Callable[..., Tensor] | None:
+    """causal-conv1d's kernel, or None where it is not installed or does not load."""
+    if importlib.util.find_spec("causal_conv1d") is None:
+        return None
+    try:
+        return importlib.import_module("causal_conv1d").causal_conv1d_fn
+    except Exception as error:  # a wheel of another torch or CUDA fails in many ways
+        logging.getLogger(__name__).warning(
+            "causal-conv1d does not load (%s): using PyTorch", error
+        )
+        return None

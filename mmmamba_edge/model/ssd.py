@@ -1,0 +1,161 @@
+"""State-space duality (SSD): one recurrence in three forms, as pure functions.
+
+    S_t = exp(dt_t a) S_{t-1} + dt_t k_t v_t^T        y_t = S_t^T q_t        (per head)
+
+This is Mamba-2 (arXiv 2405.21060) in the words of attention, as mmMamba seeds it from a teacher
+(arXiv 2502.13145 eq. 2; its text leaves out the dt on the input, its code has it):
+
+    here        paper   shape                                 meaning
+    query q     C       (batch, seq, heads, key_dim)          reads the state
+    key k       B       (batch, seq, heads, key_dim)          where the state is written
+    value v     x       (batch, seq, heads, value_dim)        what is written
+    dt          Delta   (batch, seq, heads)                   step size after softplus; 0 at padding
+    a           A       (heads,)                              negative; exp(dt a) is the decay
+    state S     h       (batch, heads, key_dim, value_dim)    all that is remembered
+
+`scan` is the oracle, `chunked` serves training and prefill, `step` serves decoding. Each takes a
+state (None: zeros) and returns the new one. A position with dt = 0 neither decays the state nor
+writes to it: that is how padding stays out.
+"""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, one position after the other, in the dtype it is given (float64: the oracle).
+
+    Returns:
+        y (batch, seq, heads, value_dim) and the state after the last position.
+    """
+    s = _zeros(q, v, q.dtype) if state is None else state
+    outputs = []
+    for t in range(q.shape[1]):
+        y, s = step(q[:, t], k[:, t], v[:, t], dt[:, t], a, s)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), s
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One position: the arguments of `scan` without their seq axis.
+
+    Returns:
+        y (batch, heads, value_dim) and the new state, in the state's dtype.
+    """
+    dt = dt.to(state.dtype)
+    decay = torch.exp(dt * a.to(state.dtype))  # (batch, heads)
+    write = k.to(state.dtype)[..., :, None] * (dt[..., None] * v)[..., None, :]
+    new = decay[..., None, None] * state + write  # (batch, heads, key_dim, value_dim)
+    y = torch.einsum("bhn,bhnp->bhp", q.to(state.dtype), new)
+    return y.to(q.dtype), new
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    state: Tensor | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The same map as matrix products (spec 3.3): attention inside chunks, a state between.
+
+    Decays and the carried state are at least float32. On CUDA in half precision (or autocast to it)
+    mamba-ssm's kernel takes over where it is installed; its float32 is tf32, so float32 stays here.
+
+    Returns:
+        y (batch, seq, heads, value_dim) in q's dtype and the float32 (or float64) state.
+    """
+    if (half := _half_precision(q)) and (kernel := mamba_kernel()):
+        return _chunked_by(kernel, q.to(half), k.to(half), v.to(half), dt, a, state, chunk)
+    batch, seq, heads, key_dim = q.shape
+    pad = -seq % chunk
+    # Padding dt with 0 after softplus leaves the final state alone.
+    q_, k_, v_ = (_split(x, pad, chunk) for x in (q, k, v))  # (batch, chunks, chunk, heads, dim)
+    wide = torch.promote_types(dt.dtype, torch.float32)
+    dt_ = _split(dt.to(wide), pad, chunk)  # (batch, chunks, chunk, heads)
+    log_decay = torch.cumsum(dt_ * a.to(wide), dim=2)
+    input_ = v_ * dt_[..., None].to(v.dtype)  # dt v
+
+    # 1. Within a chunk: attention whose scores fade with distance.
+    fade = log_decay.transpose(2, 3)  # (batch, chunks, heads, chunk)
+    distance = fade[..., :, None] - fade[..., None, :]  # (batch, chunks, heads, query, key)
+    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    # Mask before exp: distances above the diagonal are positive and may overflow.
+    weight = torch.exp(distance.masked_fill(~causal, float("-inf")))
+    scores = torch.einsum("bclhn,bcshn->bchls", q_, k_) * weight.to(q.dtype)
+    y = torch.einsum("bchls,bcshp->bclhp", scores, input_)
+
+    # 2. What each chunk adds to the state by its end.
+    to_end = torch.exp(log_decay[:, :, -1:] - log_decay)  # (batch, chunks, chunk, heads)
+    added = torch.einsum("bcshn,bcshp->bchnp", k_ * to_end[..., None].to(k.dtype), input_)
+
+    # 3. Carry the state from chunk to chunk.
+    s = _zeros(q, v, wide) if state is None else state.to(wide)
+    whole = torch.exp(log_decay[:, :, -1])[..., None, None]  # (batch, chunks, heads, 1, 1)
+    before = []
+    for c in range(q_.shape[1]):
+        before.append(s)
+        s = whole[:, c] * s + added[:, c].to(wide)
+
+    # 4. What the carried state contributes.
+    from_start = torch.exp(log_decay)[..., None].to(q.dtype)
+    carried = torch.stack(before, dim=1).to(q.dtype)  # (batch, chunks, heads, key_dim, value_dim)
+    y = y + torch.einsum("bclhn,bchnp->bclhp", q_ * from_start, carried)
+    return y.reshape(batch, seq + pad, heads, -1)[:, :seq].to(q.dtype), s
+
+
+def _half_precision(q: Tensor) -> torch.dtype | None:
+    """The half-precision dtype that `q` is to be worked on in, on CUDA; None elsewhere."""
+    if not q.is_cuda:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+@cache
+def mamba_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """mamba-ssm's chunked scan, or None where it is not installed or does not load."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        return None
+    try:
+        module = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    except Exception as error:  # a wheel of another torch or CUDA fails in many ways
+        logging.getLogger(__name__).warning("mamba-ssm does not load (%s): using PyTorch", error)
+        return None
+    return module.mamba_chunk_scan_combined
+
+
+def _chunked_by(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor | None, chunk: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # The kernel keeps its state as (batch, heads, value_dim, key_dim).
+    initial = None if state is None else state.transpose(2, 3).contiguous()
+    y, final = kernel(
+        v, dt, a, k, q, chunk_size=chunk, initial_states=initial, return_final_states=True
+    )
+    return y, final.transpose(2, 3).float()
+
+
+def _zeros(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+
+
+def _split(x: Tensor, pad: int, chunk: int) -> Tensor:
+    """(batch, seq, ...) -> (batch, chunks, chunk, ...), zero-padded at the end."""
+    if pad:
+        x = torch.cat([x, x.new_zeros(x.shape[0], pad, *x.shape[2:])], dim=1)
+    return x.unflatten(1, (-1, chunk))
