@@ -1,0 +1,67 @@
+"""The runtimes: one protocol (base.py), and `open_bundle`, which opens a model on one of them."""
+
+from importlib import import_module
+from pathlib import Path
+
+from mmmamba_edge.bundle import DEFAULT_BUNDLE
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.runtimes.base import Runner
+
+# name -> what opens a bundle, called as f(path, threads, provider, verify=...)
+RUNTIMES = {"onnxruntime": "mmmamba_edge.runtimes.onnxruntime_runner:OnnxRuntimeRunner"}
+
+
+def open_bundle(
+    path: str | Path | None = None,
+    runtime: str = "auto",
+    threads: int | None = None,
+    provider: str = "cpu",
+    *,
+    verify: bool | None = None,
+) -> Runner:
+    """Open an exported model.
+
+    Args:
+        path: a bundle folder; with runtime "torch" a checkpoint folder; None: the model that comes
+            with the package.
+        runtime: "auto" goes by the bundle; or "onnxruntime", "torch".
+        threads: for one operator; None: the runtime's own choice.
+        provider: where it runs: "cpu", "cuda", ... as far as the runtime was built for it.
+        verify: True compares the SHA-256 of every file; False only sizes; None: hashes bundles
+            below 64 MiB.
+
+    Raises:
+        UserError: no bundle there, a damaged one, or a runtime that does not serve it.
+
+    Example:
+        runner = open_bundle("build/linear-int8")
+        logits, state = runner.prefill(ids)
+    """
+    path = DEFAULT_BUNDLE if path is None else path
+    if threads is not None and threads < 1:
+        raise UserError(f"threads is {threads}; expected a whole number above 0")
+    if runtime == "torch":
+        return _open_checkpoint(path, threads, provider)
+    if runtime == "executorch" or Path(path).suffix == ".pte":
+        raise UserError(
+            f"{path}: this release has no ExecuTorch runtime yet; export with --to onnx instead"
+        )
+    name = "onnxruntime" if runtime == "auto" else runtime
+    if name not in RUNTIMES:
+        raise UserError(f"runtime {runtime!r}: known are auto, torch, {', '.join(RUNTIMES)}")
+    module, _, opener = RUNTIMES[name].partition(":")
+    return getattr(import_module(module), opener)(path, threads, provider, verify=verify)
+
+
+def _open_checkpoint(path: str | Path, threads: int | None, provider: str) -> Runner:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "runtime 'torch' needs torch, which is not installed: pip install 'mmmamba-edge[torch]'"
+        ) from error
+    from mmmamba_edge.runtimes.torch_runner import TorchRunner
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return TorchRunner.from_checkpoint(path, device=provider)

@@ -1,0 +1,297 @@
+"""The ONNX Runtime runtime: a bundle behind the runtimes' protocol, its state bound in place.
+
+Every buffer is made once. A step writes a token id into one, runs two graphs, and reads logits from
+another; the decoder writes each state tensor over the one it read, where the kernels allow it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmmamba_edge.bundle import read_manifest, verify_files
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.manifest import TOKENIZER, Manifest
+from mmmamba_edge.runtimes.base import Arrays, Progress, State
+from mmmamba_edge.runtimes.onnx_state import OnnxState, Tensor, is_cache
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+# Tokens a prefill reads at a time. At full width (4 layers, 2 threads, int8 and float32), of the
+# speed of 512: 64 reach 80 %, 128 reach 92 %, 256 reach 97 %. Beyond that only memory grows.
+PREFILL_CHUNK = 256
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+    "xnnpack": "XnnpackExecutionProvider",
+}
+
+# Dialects whose kernels write `present_state` over `past_state` exactly. Plain ONNX is expanded to
+# a Scan, which promises nothing of the kind: such states hold two copies and take turns.
+IN_PLACE = frozenset({"com.microsoft"})
+
+
+class OnnxRuntimeRunner:
+    """A bundle on ONNX Runtime.
+
+    Args:
+        bundle: the folder.
+        threads: for one operator; None: as many as ONNX Runtime likes (physical cores).
+        provider: where it runs: "cpu", or another that the installed onnxruntime was built with.
+        verify: hash the files first (see `bundle.verify_files`).
+
+    Raises:
+        UserError: not a bundle, a damaged one, or a provider that is not there.
+    """
+
+    def __init__(
+        self, bundle: str | Path, threads: int | None = None, provider: str = "cpu", *,
+        verify: bool | None = None,
+    ):  # fmt: skip
+        self.folder = Path(bundle)
+        self.manifest: Manifest = read_manifest(self.folder)
+        self._options = threads, _provider_names(provider)
+        verify_files(self.folder, self.manifest, hashes=verify)
+        self.config = self.manifest.model
+        self.model_id = self.manifest.model_id
+        self.quant = self.manifest.quant
+        self.max_context = self.manifest.max_context
+        self.tokenizer_dir = self.folder / TOKENIZER if self.manifest.tokenizer else None
+        self.in_place = provider == "cpu" and self.manifest.ops in IN_PLACE
+
+        self._decoder = self._session("decoder", threads)
+        # A look-up is over before a second thread would wake, and idle ones would spin.
+        self._embed = self._session("embed", 1)
+        self._vision: ort.InferenceSession | None = None
+
+        self._keep = Tensor(np.ones(1, np.int64))
+        self._past_length = Tensor(np.zeros(1, np.int64))
+        self._has_cache = any(is_cache(t.name) for t in self.manifest.state)
+        self._logits = Tensor(np.zeros((1, 1, self.config.vocab_size), np.float32))
+        self._step_id = Tensor(np.zeros((1, 1), np.int64))
+        self._step_vector = Tensor(np.zeros((1, 1, self.config.hidden_size), np.float32))
+        self._step_embed = self._bind_embed(self._step_id, self._step_vector)
+
+    # --- the protocol ---------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        input_ids: NDArray[np.int64],
+        pixel_values: NDArray[np.float32] | None = None,
+        state: State | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> tuple[NDArray[np.float32], OnnxState]:
+        """Read a prompt in chunks; see `runtimes.base.Runner.prefill`.
+
+        The logits lie in a buffer that the next call writes over.
+        """
+        own = self.new_state() if state is None else self._own(state)
+        ids = self._check_ids(input_ids, own)
+        for part, vectors in self._chunks(ids, pixel_values):
+            self._run(own, self._bind_decoder(own, vectors, self._keep, self._logits), part)
+            if progress:
+                progress(part.stop, len(ids))
+        return self._logits.array[0, 0], own
+
+    def step(self, token_id: int, state: State) -> tuple[NDArray[np.float32], OnnxState]:
+        """Read one token; see `runtimes.base.Runner.step`.
+
+        The logits lie in a buffer that the next call writes over.
+        """
+        own = self._own(state)
+        self._check_ids(np.array([token_id]), own)
+        self._step_id.array[0, 0] = token_id
+        self._embed.run_with_iobinding(self._step_embed)
+        binding = own.bindings[own.now]
+        if binding is None:
+            binding = self._bind_decoder(own, self._step_vector, self._keep, self._logits)
+            own.bindings[own.now] = binding
+        self._run(own, binding, slice(0, 1))
+        return self._logits.array[0, 0], own
+
+    def new_state(self) -> OnnxState:
+        """A state that has read nothing."""
+        return OnnxState(self.manifest.state, 1 if self.in_place else 2, self)
+
+    def load_state(self, arrays: Arrays, tokens: int) -> OnnxState:
+        """A state from the neutral layout."""
+        new = self.new_state()
+        self._check_room(tokens)
+        extra = sorted(set(arrays) - set(new.past))
+        if extra:
+            raise UserError(
+                f"state has {extra[0]}, which this model does not; it is another model's"
+            )
+        for name, tensor in new.past.items():
+            target = tensor.array[0, :, :tokens] if is_cache(name) else tensor.array[0]
+            found = arrays[name].shape if name in arrays else "nothing"
+            if found != target.shape:
+                raise UserError(f"state {name}: expected {target.shape}, found {found}")
+            target[:] = arrays[name]
+        new.tokens = tokens
+        return new
+
+    # --- beyond the protocol --------------------------------------------------------------------
+
+    def read_all(
+        self,
+        input_ids: NDArray[np.int64],
+        pixel_values: NDArray[np.float32] | None = None,
+        state: State | None = None,
+    ) -> tuple[NDArray[np.float32], OnnxState]:
+        """`prefill` with the logits of every position: (tokens, vocab_size), the caller's own."""
+        own = self.new_state() if state is None else self._own(state)
+        ids = self._check_ids(input_ids, own)
+        every = np.empty((len(ids), self.config.vocab_size), np.float32)
+        keep = Tensor(np.zeros(1, np.int64))
+        for part, vectors in self._chunks(ids, pixel_values):
+            self._run(own, self._bind_decoder(own, vectors, keep, Tensor(every[None, part])), part)
+        return every, own
+
+    def drop_vision(self) -> None:
+        """Give back the memory of the vision graph; the next picture loads it again."""
+        self._vision = None
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def _chunks(
+        self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The prompt in pieces: which positions, and their vectors (1, tokens, hidden)."""
+        images = self._image_vectors(ids, pixel_values)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            part = slice(start, min(start + PREFILL_CHUNK, len(ids)))
+            own = Tensor(np.ascontiguousarray(ids[None, part]))
+            vectors = Tensor(np.empty((*own.array.shape, self.config.hidden_size), np.float32))
+            self._embed.run_with_iobinding(self._bind_embed(own, vectors))
+            places = np.flatnonzero(ids[part] == self.config.img_context_token_id)
+            vectors.array[0, places], images = images[: len(places)], images[len(places) :]
+            yield part, vectors
+
+    def _run(self, state: OnnxState, binding: "ort.IOBinding", part: slice) -> None:
+        self._past_length.array[0] = state.tokens
+        self._decoder.run_with_iobinding(binding)
+        state.advance(part.stop - part.start)
+
+    def _bind_decoder(
+        self, state: OnnxState, vectors: Tensor, keep: Tensor, logits: Tensor
+    ) -> "ort.IOBinding":
+        binding = self._decoder.io_binding()
+        binding.bind_ortvalue_input("inputs_embeds", vectors.value)
+        binding.bind_ortvalue_input("logits_to_keep", keep.value)
+        if self._has_cache:
+            binding.bind_ortvalue_input("past_length", self._past_length.value)
+        binding.bind_ortvalue_output("logits", logits.value)
+        for name, tensor in state.past.items():
+            binding.bind_ortvalue_input(f"past_state.{name}", tensor.value)
+        for name, tensor in state.present.items():
+            binding.bind_ortvalue_output(f"present_state.{name}", tensor.value)
+        return binding
+
+    def _bind_embed(self, ids: Tensor, vectors: Tensor) -> "ort.IOBinding":
+        binding = self._embed.io_binding()
+        binding.bind_ortvalue_input("input_ids", ids.value)
+        binding.bind_ortvalue_output("inputs_embeds", vectors.value)
+        return binding
+
+    def _image_vectors(
+        self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """Vectors (image tokens, hidden) for the image positions of `ids`, in order."""
+        config = self.config
+        places = int((ids == config.img_context_token_id).sum())
+        tiles = 0 if pixel_values is None else len(pixel_values)
+        if places != tiles * config.tokens_per_tile:
+            raise UserError(
+                f"input_ids hold {places} image tokens; {tiles} tiles make "
+                f"{tiles * config.tokens_per_tile}"
+            )
+        if pixel_values is None or not tiles:
+            return np.empty((0, config.hidden_size), np.float32)
+        expected = (3, config.image_size, config.image_size)
+        if pixel_values.shape[1:] != expected or pixel_values.dtype != np.float32:
+            raise UserError(
+                f"pixel_values: expected float32 (tiles, {', '.join(map(str, expected))}), found "
+                f"{pixel_values.dtype} {pixel_values.shape}"
+            )
+        if self._vision is None:
+            self._vision = self._session("vision", self._options[0])
+        vision = self._vision  # one tile at a time bounds its memory, and costs no time
+        parts = [np.asarray(vision.run(None, {"pixel_values": t[None]})[0]) for t in pixel_values]
+        return np.concatenate(parts, axis=1)[0]
+
+    # --- checks ---------------------------------------------------------------------------------
+
+    def _check_ids(self, input_ids: NDArray[np.int64], state: OnnxState) -> NDArray[np.int64]:
+        ids = np.asarray(input_ids)
+        if ids.ndim != 1 or not len(ids):
+            raise UserError(f"input_ids: expected (tokens,) with at least one, found {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise UserError(
+                f"input_ids: {int(ids.min())}..{int(ids.max())} leaves the vocabulary of "
+                f"{self.config.vocab_size}; this is another model's tokenizer"
+            )
+        self._check_room(state.tokens + len(ids))
+        return ids.astype(np.int64, copy=False)
+
+    def _check_room(self, tokens: int) -> None:
+        if self.max_context is not None and tokens > self.max_context:
+            raise UserError(
+                f"{tokens} tokens exceed the context of {self.max_context} that this bundle's "
+                "attention cache was made for; reset, or export it with a larger --max-context"
+            )
+
+    def _own(self, state: State) -> OnnxState:
+        if not isinstance(state, OnnxState) or state.owner is not self:
+            raise UserError(
+                f"a {type(state).__name__} of another runner; convert it with "
+                "runner.load_state(state.arrays(), state.tokens)"
+            )
+        return state
+
+    # --- sessions -------------------------------------------------------------------------------
+
+    def _session(self, graph: str, threads: int | None) -> "ort.InferenceSession":
+        """Open one graph. Its weights are memory-mapped from the file beside it."""
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors; its warnings are about its own choices
+        if self.manifest.ops == "standard":
+            # Plain ONNX says DequantizeLinear, then MatMul; do that, and do not make the
+            # activations int8 as well, which ONNX Runtime would.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        file = self.folder / self.manifest.graphs[graph]
+        try:
+            return ort.InferenceSession(str(file), options, providers=self._options[1])
+        except Exception as error:  # its exceptions share no base class
+            raise UserError(f"{file}: ONNX Runtime cannot open it ({error})") from error
+
+
+def _provider_names(provider: str) -> list[str]:
+    """What ONNX Runtime calls a provider, the CPU behind it for what it cannot run."""
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "this needs onnxruntime, which is not installed: pip install "
+            "'mmmamba-edge[onnxruntime]' (or [onnxruntime-gpu])"
+        ) from error
+    available = [name for name, full in PROVIDERS.items() if full in ort.get_available_providers()]
+    if provider not in available:
+        raise UserError(
+            f"provider {provider!r}: this onnxruntime has {', '.join(available)}"
+            + ("; install 'mmmamba-edge[onnxruntime-gpu]'" if provider == "cuda" else "")
+        )
+    names = [PROVIDERS[provider]]
+    return names if provider == "cpu" else [*names, PROVIDERS["cpu"]]

@@ -1,0 +1,201 @@
+"""The PyTorch runtime: what exported bundles are verified against, and `--runtime torch`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmmamba_edge.config import Config
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoint
+from mmmamba_edge.model.decoder import DEFAULT_CONTEXT, DecoderState, MMMamba
+from mmmamba_edge.model.layers import AttentionState
+from mmmamba_edge.runtimes.base import Arrays, Progress, State
+
+PREFILL_CHUNK = 512  # tokens a prefill reads at a time: bounds its memory, costs nothing measurable
+
+
+@dataclass
+class TorchState:
+    """A `DecoderState` of batch 1."""
+
+    inner: DecoderState
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return int(self.inner.length[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' state."""
+        return self.inner.nbytes
+
+    def copy(self) -> "TorchState":
+        """An independent copy."""
+        return TorchState(self.inner.copy())
+
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """The neutral layout of runtimes/base.py."""
+        out = {}
+        for i, layer in enumerate(self.inner.layers):
+            for name, tensor in layer.tensors().items():
+                array = tensor[0].float().cpu().numpy()
+                out[f"{i}.{name}"] = (
+                    array[:, : self.tokens].copy()
+                    if isinstance(layer, AttentionState)
+                    else array.copy()
+                )
+        return out
+
+
+class TorchRunner:
+    """A model in PyTorch behind the runtimes' protocol."""
+
+    quant = "none"
+
+    def __init__(
+        self, model: MMMamba, *, model_id: str, tokenizer_dir: Path | None = None,
+        max_context: int = DEFAULT_CONTEXT,
+    ):  # fmt: skip
+        if model.config.pixel_shuffle_loc == "post":
+            raise UserError(
+                "pixel_shuffle_loc 'post' reads two sequences at once; use load_model(...) with "
+                "hd_input_ids instead of a runner"
+            )
+        self.model = model
+        self.config: Config = model.config
+        self.model_id = model_id
+        self.tokenizer_dir = tokenizer_dir
+        self.max_context = None if model.config.variant == "linear" else max_context
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: str | Path | Checkpoint, *, device: str = "cpu",
+        dtype: torch.dtype | None = torch.float32, max_context: int = DEFAULT_CONTEXT,
+    ) -> "TorchRunner":  # fmt: skip
+        """Open a checkpoint folder, with the tokenizer files in it if there are any."""
+        source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+        files = ("tokenizer.json", "tokenizer.model")
+        has_tokenizer = any((source.folder / name).is_file() for name in files)
+        return cls(
+            load_model(source, device, dtype),
+            model_id=source.weights_id(),
+            tokenizer_dir=source.folder if has_tokenizer else None,
+            max_context=max_context,
+        )
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        input_ids: NDArray[np.int64],
+        pixel_values: NDArray[np.float32] | None = None,
+        state: State | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> tuple[NDArray[np.float32], TorchState]:
+        """Read a prompt in chunks; see `runtimes.base.Runner.prefill`."""
+        own = self.new_state() if state is None else _own(state)
+        ids = self._check_ids(input_ids, own)
+        images = self._check_images(ids, pixel_values)
+        logits = torch.empty(0)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            part = ids[start : start + PREFILL_CHUNK]
+            count = int((part == self.config.img_context_token_id).sum())
+            mine, images = (None, images) if images is None else (images[:count], images[count:])
+            logits = self._read(part[None], mine if count else None, own.inner)
+            if progress:
+                progress(start + len(part), len(ids))
+        return logits[0].float().cpu().numpy(), own
+
+    @torch.inference_mode()
+    def step(self, token_id: int, state: State) -> tuple[NDArray[np.float32], TorchState]:
+        """Read one token; see `runtimes.base.Runner.step`."""
+        own = _own(state)
+        ids = self._check_ids(np.array([token_id], dtype=np.int64), own)
+        logits, _ = self.model.step(ids, own.inner)
+        return logits[0].float().cpu().numpy(), own
+
+    def new_state(self) -> TorchState:
+        """A state that has read nothing."""
+        with torch.inference_mode():
+            return TorchState(self.model.new_state(1, max_context=self.max_context))
+
+    @torch.inference_mode()
+    def load_state(self, arrays: Arrays, tokens: int) -> TorchState:
+        """A state from the neutral layout."""
+        new = self.new_state()
+        if self.max_context is not None and tokens > self.max_context:
+            raise UserError(f"state of {tokens} tokens; max_context is {self.max_context}")
+        expected = set()
+        for i, layer in enumerate(new.inner.layers):
+            attention = isinstance(layer, AttentionState)
+            for name, tensor in layer.tensors().items():
+                key = f"{i}.{name}"
+                expected.add(key)
+                target = tensor[0, :, :tokens] if attention else tensor[0]
+                found = arrays[key].shape if key in arrays else "nothing"
+                if found != tuple(target.shape):
+                    raise UserError(f"state {key}: expected {tuple(target.shape)}, found {found}")
+                target.copy_(torch.from_numpy(np.ascontiguousarray(arrays[key])))
+            if isinstance(layer, AttentionState):
+                layer.length.fill_(tokens)
+        extra = sorted(set(arrays) - expected)
+        if extra:
+            raise UserError(
+                f"state has {extra[0]}, which this model does not; it is another model's"
+            )
+        new.inner.length.fill_(tokens)
+        return new
+
+    def _read(
+        self, ids: torch.Tensor, images: torch.Tensor | None, state: DecoderState
+    ) -> torch.Tensor:
+        """One chunk: ids (1, tokens), the image vectors it holds -> logits (1, vocab_size)."""
+        model = self.model
+        x = model.encode(model.embed_tokens(ids, None, images), None, state)
+        return model.read_on(model.normalize(x), None, state)
+
+    def _check_ids(self, input_ids: NDArray[np.int64], state: TorchState) -> torch.Tensor:
+        ids = np.asarray(input_ids)
+        if ids.ndim != 1 or not len(ids):
+            raise UserError(f"input_ids: expected (tokens,) with at least one, found {ids.shape}")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise UserError(
+                f"input_ids: {int(ids.min())}..{int(ids.max())} leaves the vocabulary of "
+                f"{self.config.vocab_size}; this is another model's tokenizer"
+            )
+        if self.max_context is not None and state.tokens + len(ids) > self.max_context:
+            raise UserError(
+                f"{state.tokens + len(ids)} tokens exceed the context of {self.max_context} that "
+                "this model's attention cache was made for; reset, or open it with a larger one"
+            )
+        return torch.from_numpy(ids.astype(np.int64)).to(
+            self.model.language_model.output.weight.device
+        )
+
+    def _check_images(
+        self, ids: torch.Tensor, pixel_values: NDArray[np.float32] | None
+    ) -> torch.Tensor | None:
+        """Image vectors (tokens, hidden) for the image positions of `ids`, in order."""
+        places = int((ids == self.config.img_context_token_id).sum())
+        tiles = 0 if pixel_values is None else len(pixel_values)
+        if places != tiles * self.config.tokens_per_tile:
+            raise UserError(
+                f"input_ids hold {places} image tokens; {tiles} tiles make "
+                f"{tiles * self.config.tokens_per_tile}"
+            )
+        if not tiles:
+            return None
+        return self.model.image_vectors(torch.from_numpy(np.asarray(pixel_values)).to(ids.device))
+
+
+def _own(state: State) -> TorchState:
+    if not isinstance(state, TorchState):
+        raise UserError(
+            f"a {type(state).__name__} of another runtime; convert it with "
+            "runner.load_state(state.arrays(), state.tokens)"
+        )
+    return state
