@@ -1,0 +1,161 @@
+"""A checkpoint becomes an ONNX bundle: three graphs written, verified, then put in place."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mmmamba_edge
+from mmmamba_edge.bundle import new_bundle, write_manifest
+from mmmamba_edge.config import Config, StackConfig
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.decoder_graph import state_layout, write_decoder
+from mmmamba_edge.export.graph_writer import GraphWriter
+from mmmamba_edge.export.ops import Ops
+from mmmamba_edge.export.ops_fused import FusedOps
+from mmmamba_edge.export.ops_standard import StandardOps
+from mmmamba_edge.export.verify import verify
+from mmmamba_edge.export.vision_graph import write_embed, write_vision
+from mmmamba_edge.export.weights import SCHEMES, Weights
+from mmmamba_edge.manifest import TOKENIZER, Manifest
+from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
+from mmmamba_edge.model.decoder import DEFAULT_CONTEXT
+from mmmamba_edge.tokenizer import save_tokenizer_files
+
+DIALECTS: dict[str, type[Ops]] = {"com.microsoft": FusedOps, "standard": StandardOps}
+
+Report = Callable[[str], None]
+
+
+def export_onnx(
+    checkpoint: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    quant: str = "none",
+    ops: str = "com.microsoft",
+    max_context: int | None = None,
+    report: Report | None = None,
+) -> Manifest:
+    """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
+
+    Args:
+        checkpoint: a folder of any layout with pixel_shuffle_loc 'pre', or one already open.
+        out: the bundle; an existing bundle is replaced, anything else refused.
+        quant: "none" (float32) or "int8".
+        ops: "com.microsoft", ONNX Runtime's own operators, or "standard", plain opset 27.
+        max_context: tokens that attention layers keep; None: `default_context`. Not for a linear
+            model, which has no limit.
+        report: told in a line what is being done.
+
+    Returns:
+        The manifest, verification figures included.
+
+    Raises:
+        UserError: bad options, an unsupported model, or a place that cannot be written.
+        CheckFailed: the bundle's answers are not the checkpoint's.
+    """
+    say = report or (lambda line: None)
+    if quant not in SCHEMES:
+        raise UserError(f"quant {quant!r}: known are {', '.join(SCHEMES)}")
+    if ops not in DIALECTS:
+        raise UserError(f"ops {ops!r}: known are {', '.join(DIALECTS)}")
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    config = source.config
+    if config.pixel_shuffle_loc == "post":
+        raise UserError(
+            f"{source.folder}: pixel_shuffle_loc 'post' (HoVLE-HD) reads two sequences at once and "
+            "is not exported; run it in PyTorch with load_model"
+        )
+    context = context_limit(config, max_context)
+
+    with new_bundle(out) as folder:
+        weights = Weights(source, quant)
+        graphs = _write_graphs(folder, DIALECTS[ops], weights, context, say)
+        (folder / TOKENIZER).mkdir()
+        tokenizer = save_tokenizer_files(source.folder, folder / TOKENIZER)
+        if not tokenizer:
+            (folder / TOKENIZER).rmdir()
+        say("hashing weights")
+        manifest = Manifest(
+            producer=f"mmmamba-edge {mmmamba_edge.__version__}",
+            model_id=source.weights_id(),
+            model=config,
+            quant=quant,
+            ops=ops,
+            opset=DIALECTS[ops].opset,
+            graphs=graphs,
+            state=state_layout(config, context),
+            max_context=context,
+            tokenizer=tuple(tokenizer),
+            settings=_settings(config, quant, DIALECTS[ops]),
+        )
+        manifest = write_manifest(folder, manifest)
+        say("verifying against PyTorch")
+        return write_manifest(folder, replace(manifest, verification=verify(folder, source)))
+
+
+def context_limit(config: Config, asked: int | None) -> int | None:
+    """Tokens that the attention caches are made for; None for a model without such layers.
+
+    RoPE with dynamic NTK rotates by a base that depends on the whole length, which a cache of
+    rotated keys cannot follow; within max_position_embeddings it is the plain base. So such a
+    model is exported up to there. The others default to the length they were trained for, at most
+    `DEFAULT_CONTEXT`, and take any that is asked for.
+    """
+    stacks = _attending(config)
+    if not stacks:
+        if asked is not None:
+            raise UserError(
+                "--max-context: this model has no attention layer, so its context has no limit; "
+                "leave the option out"
+            )
+        return None
+    if asked is not None and asked < 1:
+        raise UserError(f"--max-context {asked}: expected a whole number above 0")
+    limits = [
+        s.max_position_embeddings
+        for s in stacks
+        if s.rope_scaling and s.rope_scaling.type == "dynamic"
+    ]
+    if limits and asked is not None and asked > min(limits):
+        raise UserError(
+            f"--max-context {asked}: this model's RoPE scaling is dynamic NTK beyond "
+            f"{min(limits)} tokens, which a decoding cache cannot follow; ask for that at most"
+        )
+    trained = min(s.max_position_embeddings * _stretch(s) for s in stacks)
+    return asked or int(min(trained, DEFAULT_CONTEXT))
+
+
+def _stretch(stack: StackConfig) -> float:
+    """How much longer than max_position_embeddings linear scaling makes the trained context."""
+    scaling = stack.rope_scaling
+    return scaling.factor if scaling and scaling.type == "linear" else 1.0
+
+
+def _write_graphs(
+    folder: Path, dialect: type[Ops], weights: Weights, context: int | None, say: Report
+) -> dict[str, str]:
+    graphs = {}
+    for name, write in (
+        ("vision", write_vision),
+        ("embed", write_embed),
+        ("decoder", partial(write_decoder, max_context=context)),
+    ):
+        say(f"writing {name}.onnx")
+        with GraphWriter(folder, name, dialect.opset) as graph:
+            write(graph, dialect(graph), weights)
+        graphs[name] = graph.file
+    return graphs
+
+
+def _settings(config: Config, quant: str, dialect: type[Ops]) -> dict[str, Any]:
+    settings = dict(dialect.settings) if quant != "none" else {}
+    if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in _attending(config)):
+        settings["rope"] = "plain base: dynamic NTK would begin beyond max_position_embeddings"
+    return settings
+
+
+def _attending(config: Config) -> list[StackConfig]:
+    """The halves that have attention layers."""
+    return [s for s in (config.embedding, config.llm) if "attention" in s.layer_types]
