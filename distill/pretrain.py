@@ -1,0 +1,322 @@
+"""Train a small model from scratch on the scenes task: `python -m mmmamba_edge.distill.pretrain`.
+
+The recipe (TOML) fixes everything: sizes, data, schedule, seed. Which scenes a step sees depends on
+(seed, step) alone, so a killed run that resumes goes on exactly where it was.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mmmamba_edge.config import IMAGE_MEAN, IMAGE_STD, Config
+from mmmamba_edge.distill.cuda_graph import graphed
+from mmmamba_edge.distill.progress import load_progress, save_progress
+from mmmamba_edge.distill.recipe import DataConfig, TrainConfig, read_recipe
+from mmmamba_edge.distill.scenes.dataset import SceneCache
+from mmmamba_edge.distill.scratch import from_scratch, make_optimizers
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.checkpoints import save_model
+from mmmamba_edge.model.decoder import MMMamba
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmmamba_edge.distill.pretrain",
+        description="Train a small mmMamba from scratch on rendered scenes.",
+        epilog="example: python -m mmmamba_edge.distill.pretrain distill/recipes/default.toml "
+        "--scenes cache/scenes --out runs/default",
+    )
+    parser.add_argument("recipe", type=Path, help="TOML file with [model], [data] and [train]")
+    parser.add_argument("--scenes", type=Path, required=True, help="folder of rendered scenes")
+    parser.add_argument("--val", type=Path, help="folder of validation scenes, scored at each save")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to put beside the weights")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="run folder; resumes if it holds a run"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="override [train] steps")
+    parser.add_argument("--batch", type=int, help="override [train] batch")
+    parser.add_argument(
+        "--minutes", type=float, help="end by then: fewer steps, the decay in the last 35 % of them"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the layers (CUDA)")
+    args = parser.parse_args(argv)
+    config, data, train = read_recipe(args.recipe, steps=args.steps, batch=args.batch)
+    run(
+        config, data, train, args.scenes, args.out, args.device,
+        compile_layers=args.compile, tokenizer=args.tokenizer, val=args.val,
+        minutes=args.minutes,
+    )  # fmt: skip
+    return 0
+
+
+def run(
+    config: Config, data: DataConfig, train: TrainConfig, scenes: Path, out: Path, device: str,
+    *, compile_layers: bool = False, tokenizer: Path | None = None, val: Path | None = None,
+    minutes: float | None = None,
+) -> Path:  # fmt: skip
+    """Train to the end of the schedule, resuming from `out` if it holds a run.
+
+    Returns:
+        The folder of the finished checkpoint, `out/checkpoint` (training layout, bfloat16).
+    """
+    deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(train.seed)
+    model = from_scratch(config).to(device)
+    optimizers = make_optimizers(model, train.lr, train.weight_decay, device)
+    start = load_progress(out / "progress.safetensors", model, optimizers)
+    if start:
+        print(f"resuming {out} at step {start}", file=sys.stderr)
+    if compile_layers:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    scene_cache = SceneCache(scenes)
+    gradients = partial(loss_and_gradients, model, train)
+    if device == "cuda":
+        scene_cache.wait_for(train.batch)
+        example = rows_as_tensors(scene_cache, np.arange(train.batch), pin=False)
+        gradients = graphed(gradients, to_device(example, device))
+    feed, recipe, losses = Feed(scene_cache, data, train, start, device), train, []
+    began = tick = time.perf_counter()
+    with (out / "metrics.jsonl").open("a") as metrics:
+        for step, batch in enumerate(feed, start) if start < train.steps else ():
+            for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+                group["lr"] = train.lr * schedule(step, train)
+            losses.append(gradients(**batch).clone())
+            for optimizer in optimizers:
+                optimizer.step()
+            done = step + 1
+            if done % train.log_every == 0 or done >= train.steps:
+                mean = torch.stack(losses).mean().item()
+                seconds = time.perf_counter() - tick
+                rate, waited = len(losses) / seconds, feed.waited / seconds
+                tick, feed.waited = time.perf_counter(), 0.0
+                losses.clear()
+                left = (deadline - tick) * (done - start) / (tick - began)
+                train = shortened(recipe, train, done, left)
+                if not math.isfinite(mean):
+                    raise UserError(
+                        f"loss is {mean} at step {done}; the last good state is "
+                        f"{out / 'progress.safetensors'}; lower [train] lr and run again"
+                    )
+                row = {
+                    "step": done, "loss": round(mean, 5), "steps_per_s": round(rate, 3),
+                    "waited": round(waited, 3),  # share of the time spent waiting for scenes
+                    "steps": train.steps, "decay": train.decay,
+                }  # fmt: skip
+                metrics.write(json.dumps(row) + "\n")
+                metrics.flush()
+                left = (train.steps - done) / rate
+                print(
+                    f"\rstep {done}/{train.steps}  loss {mean:.4f}  {rate:.2f} steps/s  "
+                    f"{left / 60:.1f} min left ",
+                    end="" if sys.stderr.isatty() else "\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if done % train.save_every == 0 or done >= train.steps:
+                save_progress(out / "progress.safetensors", model, optimizers, done)
+                if val is not None:
+                    score = validate(model, SceneCache(val), train.batch, device)
+                    metrics.write(json.dumps({"step": done, "val_exact": round(score, 4)}) + "\n")
+                    print(
+                        f"\nstep {done}: {score:.1%} of validation answers exact", file=sys.stderr
+                    )
+            if done >= train.steps:
+                break
+    final = out / "checkpoint"
+    if not final.exists():
+        save_model(model, final, dtype=torch.bfloat16, extra_files=[tokenizer] if tokenizer else [])
+    print(f"\nwrote {final}", file=sys.stderr)
+    return final
+
+
+def validate(model: MMMamba, scenes: SceneCache, batch: int, device: str) -> float:
+    """`answer_accuracy` over the whole (small) cache."""
+    scores = []
+    with torch.compiler.set_stance("force_eager"):  # not worth compiling a second time
+        for start in range(0, len(scenes), batch):
+            picks = np.arange(start, min(start + batch, len(scenes)))
+            row = to_device(rows_as_tensors(scenes, picks, pin=False), device)
+            with torch.autocast(device, torch.bfloat16):
+                scores.append((answer_accuracy(model, **row), len(picks)))
+    return sum(score * n for score, n in scores) / sum(n for _, n in scores)
+
+
+def loss_and_gradients(
+    model: MMMamba, train: TrainConfig, images: Tensor, ids: Tensor, mask: Tensor
+) -> Tensor:
+    """The loss of one batch, its clipped gradients left in `.grad`; nothing waits for the device.
+
+    Batch as in `answer_loss`.
+    """
+    model.zero_grad(set_to_none=True)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=train.bf16):
+        loss = answer_loss(model, images, ids, mask)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+    return loss.detach()
+
+
+def answer_loss(model: MMMamba, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of the answer tokens, averaged over them.
+
+    Args:
+        model: to train.
+        images: (batch, 3, height, width) float, normalised.
+        ids: (batch, seq) int64, right-padded.
+        mask: (batch, seq) bool, True at answer tokens.
+    """
+    hidden = read_all(model, images, ids)[:, :-1]
+    mask, target = mask[:, 1:], ids[:, 1:]
+    if images.is_cuda:  # a CUDA graph has fixed shapes: mask the loss, not what goes into the head
+        hidden, target = hidden.flatten(0, 1), target.masked_fill(~mask, -100).flatten()
+    else:
+        hidden, target = hidden[mask], target[mask]
+    logits = model.language_model.output(hidden).float()
+    return F.cross_entropy(logits, target, ignore_index=-100)
+
+
+@torch.inference_mode()
+def answer_accuracy(model: MMMamba, images: Tensor, ids: Tensor, mask: Tensor) -> float:
+    """Share of answers whose every token is the most likely one, given the true words before it.
+
+    For one answer that is whether greedy decoding would say it; arguments as in `answer_loss`.
+    """
+    best = model.language_model.output(read_all(model, images, ids)[:, :-1]).argmax(-1)
+    mask = mask[:, 1:]
+    wrong = (best != ids[:, 1:]) & mask
+    starts = mask & ~F.pad(mask, (1, 0))[:, :-1]
+    answer = (starts.cumsum(1) + 1000 * torch.arange(len(ids), device=ids.device)[:, None])[mask]
+    missed = torch.unique(answer[wrong[mask]]).numel()
+    return 1 - missed / max(int(starts.sum()), 1)
+
+
+def read_all(model: MMMamba, images: Tensor, ids: Tensor) -> Tensor:
+    """The decoder's normed output for every position, (batch, seq, hidden).
+
+    The same as in `MMMamba.forward`, with fixed shapes throughout (no boolean indexing), so that it
+    compiles once; a row without image positions ignores its image.
+    """
+    vectors = model.image_vectors(images)
+    assert vectors is not None
+    vectors = vectors.unflatten(0, (len(images), -1))  # (batch, tokens_per_tile, hidden)
+    places = ids == model.config.img_context_token_id
+    order = (places.cumsum(1) - 1).clamp(min=0)
+    spread = vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[-1]))
+    text = model.embedding_model.llm_text_embeddings(ids)
+    x = torch.where(places[..., None], spread, text)
+    for i, layer in enumerate(model.layers):
+        if i == len(model.embedding_model.encoder):
+            x = model.normalize(x)
+        x = layer(x, None)
+    return model.language_model.model.norm(x)
+
+
+def schedule(step: int, train: TrainConfig) -> float:
+    """Warm-up, stable, decay: a factor on the learning rate that ends at zero with the training."""
+    up = (step + 1) / train.warmup if train.warmup else 1.0
+    down = (train.steps - step) / train.decay if train.decay else 1.0
+    return min(1.0, up, down)
+
+
+def shortened(recipe: TrainConfig, train: TrainConfig, done: int, left: float) -> TrainConfig:
+    """The recipe's schedule cut to end in `left` more steps; once it decays it stays (`train`)."""
+    if done > train.steps - train.decay:
+        return train
+    if done + left >= recipe.steps:
+        return recipe
+    steps = max(done + int(left), done + 1)
+    return replace(recipe, steps=steps, decay=min(int(0.35 * steps), steps - done))
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+class Feed:
+    """The batches of steps start, start + 1, ..., prepared by a thread while the device works.
+
+    Step s draws from scenes 0..n, n growing with s until all [data] scenes are in use: they are
+    ordered from easy to hard, and rendering may still be going on (the thread waits for it).
+
+    Attributes:
+        waited: seconds the training has waited for batches; set it to 0 to count anew.
+    """
+
+    def __init__(
+        self, scenes: SceneCache, data: DataConfig, train: TrainConfig, start: int, device: str
+    ) -> None:
+        self.scenes, self.data, self.train, self.start = scenes, data, train, start
+        self.device, self.waited = device, 0.0
+        self._queue: Queue[dict[str, Tensor] | BaseException] = Queue(maxsize=4)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        Thread(target=self._fill, daemon=True).start()
+        while True:
+            began = time.perf_counter()
+            row = self._queue.get()
+            self.waited += time.perf_counter() - began
+            if isinstance(row, BaseException):
+                raise row
+            yield to_device(row, self.device)
+
+    def _fill(self) -> None:
+        train = self.train
+        try:
+            for step in count(self.start):
+                ready = max(train.batch * 16, train.batch * (step + 1) // self.data.reuse)
+                upper = min(self.data.scenes, ready)
+                self.scenes.wait_for(upper)
+                picks = np.random.default_rng((train.seed, step)).integers(0, upper, train.batch)
+                pin = self.device != "cpu"
+                self._queue.put(rows_as_tensors(self.scenes, np.sort(picks), pin=pin))
+        except BaseException as error:
+            self._queue.put(error)
+
+
+def rows_as_tensors(
+    scenes: SceneCache, picks: NDArray[np.int64], *, pin: bool
+) -> dict[str, Tensor]:
+    """Rows of the scenes: images (batch, height, width, 3) uint8, ids and mask (batch, seq)."""
+    images, _, ids, mask = scenes.rows(picks)
+    row = {
+        "images": torch.from_numpy(images),
+        "ids": torch.from_numpy(ids.astype(np.int64)),
+        "mask": torch.from_numpy(mask.astype(bool)),
+    }
+    return {key: value.pin_memory() for key, value in row.items()} if pin else row
+
+
+def to_device(row: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    """A batch on the device, its images normalised to (batch, 3, height, width) float32."""
+    row = {key: value.to(device, non_blocking=True) for key, value in row.items()}
+    mean, std = _pixel_statistics(device)
+    row["images"] = (row["images"].permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return row
+
+
+@cache
+def _pixel_statistics(device: str) -> tuple[Tensor, Tensor]:
+    mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD], device=device).view(2, 1, 3, 1, 1)
+    return mean, std
+
+
+if __name__ == "__main__":
+    sys.exit(main())

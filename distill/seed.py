@@ -1,0 +1,103 @@
+"""Seeding: turn a teacher's attention layers into Mamba-2 mixers (spec 4).
+
+Queries, keys, values, the output projection, norms, MLPs, embeddings and head are the teacher's.
+New are the conv (an identity), dt (a random step per head), a = -e, the norm and a small random
+gate; the randomness comes from a stored seed.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_edge.config import Config
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.checkpoints import Checkpoint, save_checkpoint
+from mmmamba_edge.model.layers import split_wqkv
+from mmmamba_edge.model.tensor_names import layer_prefix, mixer_shapes
+from mmmamba_edge.tokenizer import TOKENIZER_FILES
+
+DT_RANGE = (0.001, 0.1)
+A_LOG = 1.0  # a = -exp(1)
+GATE_GAIN = 2**-2.5
+
+
+def seed_checkpoint(
+    teacher: Checkpoint, out: Path, attention_layers: set[int] | None = None, seed: int = 0
+) -> Config:
+    """Write the seeded student of `teacher` to the new folder `out`, one tensor at a time.
+
+    Args:
+        teacher: an all-attention checkpoint.
+        out: where to; `seed.json` beside the weights records what was drawn.
+        attention_layers: layers that stay as they are, numbered over the whole stack.
+        seed: of dt and the gate.
+
+    Returns:
+        The student's config.
+    """
+    if teacher.config.variant != "teacher":
+        raise UserError(
+            f"{teacher.folder}: a {teacher.config.variant} model; seeding starts from a teacher, "
+            "whose layers are all attention"
+        )
+    keep = frozenset(attention_layers or ())
+    config = teacher.config.with_attention_layers(keep)
+    owner = {}  # name of a new tensor -> its layer
+    for layer, kind in enumerate(config.layer_types):
+        if kind == "mamba2":
+            prefix = f"{layer_prefix(config, layer)}attention."
+            owner |= {prefix + name: (layer, name) for name in mixer_shapes(config, layer)}
+    seeded: dict[int, dict[str, Tensor]] = {}
+
+    def get(name: str) -> Tensor:
+        if name not in owner:
+            return teacher.get(name)
+        layer, local = owner[name]
+        if layer not in seeded:
+            seeded.clear()  # a layer's tensors are asked for together: hold one layer at a time
+            prefix = f"{layer_prefix(config, layer)}attention."
+            wqkv, wo = teacher.get(f"{prefix}wqkv.weight"), teacher.get(f"{prefix}wo.weight")
+            seeded[layer] = seed_mixer(wqkv, wo, config, layer, seed)
+        return seeded[layer][local]
+
+    tokenizer = [f for n in TOKENIZER_FILES if (f := teacher.folder / n).is_file()]
+    save_checkpoint(out, config, get, extra_files=tokenizer)
+    record = {"seed": seed, "attention_layers": sorted(keep), "teacher": teacher.weights_id()}
+    (out / "seed.json").write_text(json.dumps(record, indent=2) + "\n")
+    return config
+
+
+def seed_mixer(
+    wqkv: Tensor, wo: Tensor, config: Config, layer: int, seed: int
+) -> dict[str, Tensor]:
+    """The tensors of one mixer, in the dtype of the teacher's weights.
+
+    The random parts depend on (seed, layer) alone, whatever other layers are seeded.
+    """
+    stack = config.stack_of(layer)
+    shapes = mixer_shapes(config, layer)
+    random = torch.Generator().manual_seed(seed * 10_007 + layer)
+    low, high = (math.log(bound) for bound in DT_RANGE)
+    dt = torch.exp(torch.rand(shapes["dt_bias"], generator=random) * (high - low) + low)
+    gate_bound = GATE_GAIN * math.sqrt(6 / (2 * stack.hidden_size))  # Xavier, fan in = fan out
+    gate = (torch.rand(shapes["g_proj.weight"], generator=random) * 2 - 1) * gate_bound
+    conv = torch.zeros(shapes["conv1d.weight"])
+    conv[..., -1] = 1.0
+    q, k, v = split_wqkv(wqkv, stack)
+    mixer = {
+        "q_proj.weight": q,
+        "k_proj.weight": k,
+        "v_proj.weight": v,
+        "g_proj.weight": gate,
+        "in_proj.weight": torch.zeros(shapes["in_proj.weight"]),
+        "conv1d.weight": conv,
+        "conv1d.bias": torch.zeros(shapes["conv1d.bias"]),
+        "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # softplus^-1
+        "A_log_bias": torch.full(shapes["A_log_bias"], A_LOG),
+        "g_norm.weight": torch.ones(shapes["g_norm.weight"]),
+        "o_proj.weight": wo,
+    }
+    return {name: tensor.to(wqkv.dtype) for name, tensor in mixer.items()}
