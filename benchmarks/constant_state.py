@@ -19,7 +19,7 @@ import mmmamba_edge as mm
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time per token and memory as a conversation grows.")
+    parser = argparse.ArgumentParser(description="Time per token and memory as talk grows.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--contexts", default="100,1000,5000,20000")
     parser.add_argument("--tokens", type=int, default=200, help="timed at each context")

@@ -1,6 +1,7 @@
 """Training from scratch: it learns, resumes bit for bit, and reads recipes strictly."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from mmmamba_edge.distill import pretrain
-from mmmamba_edge.distill.pretrain import answer_accuracy, main, read_all, schedule
+from mmmamba_edge.distill.cuda_graph import graphed
+from mmmamba_edge.distill.pretrain import (
+    answer_accuracy,
+    loss_and_gradients,
+    main,
+    read_all,
+    schedule,
+    shortened,
+)
 from mmmamba_edge.distill.progress import save_progress
 from mmmamba_edge.distill.recipe import read_recipe
 from mmmamba_edge.distill.scratch import from_scratch
@@ -108,6 +117,49 @@ def test_the_schedule_ends_with_the_training(tmp_path):
     _, _, train = read_recipe(path)
     factors = [schedule(step, train) for step in range(12)]
     assert factors[:3] == [0.5, 1.0, 1.0] and factors[7:] == [1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_minutes_cut_the_schedule_until_it_decays(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.replace("decay = 4", "decay = 300"))
+    _, _, recipe = read_recipe(path, steps=1000)
+    slow = shortened(recipe, recipe, 50, 150.0)
+    assert (slow.steps, slow.decay) == (200, 70)
+    faster = shortened(recipe, slow, 100, 300.0)
+    assert (faster.steps, faster.decay) == (400, 140)
+    assert shortened(recipe, faster, 300, 5000.0) is faster  # decaying: no way back
+    assert shortened(recipe, slow, 100, 900.0) is recipe
+    late = shortened(recipe, recipe, 100, -1.0)
+    assert late.steps == 101 and schedule(100, late) > 0
+
+
+def test_minutes_end_a_run(run):
+    out = run("short", "--steps", "100000", "--minutes", "0.02")
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == last["steps"] < 100000
+    assert (out / "checkpoint").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_graph_replays_the_gradients(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    config, _, train = read_recipe(path)
+    torch.manual_seed(0)
+    model = from_scratch(config).cuda()
+    backward = partial(loss_and_gradients, model, train)
+
+    def batch():
+        ids = torch.randint(10, 40, (4, 24), device="cuda")
+        ids[:, 2:6] = 7
+        return {"images": torch.randn(4, 3, 112, 112, device="cuda"), "ids": ids, "mask": ids > 30}
+
+    replay, new = graphed(backward, batch()), batch()
+    loss = replay(**new).clone()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    torch.testing.assert_close(loss, backward(**new))
+    torch.testing.assert_close(gradients, [p.grad for p in model.parameters()])
 
 
 def test_the_training_pass_is_the_model(tmp_path):

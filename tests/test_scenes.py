@@ -1,6 +1,7 @@
 """The scenes task: pictures, answers, splits, tokens, shards and scores. No artwork is needed."""
 
 import json
+import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -97,6 +98,13 @@ def scenes(split, count, level=2, seed=11):
     for index in range(count):
         rng = scene_rng(seed, split, index)
         yield rng, sample_scene(rng, split, level)
+
+
+def test_a_word_that_leaves_no_room_is_alone():
+    """This seed puts a big word in the middle: nothing fits beside it, however small."""
+    scene = sample_scene(random.Random(109008), "train", 0)
+    assert scene.word and scene.word.text == "CM"
+    assert scene.things == ()
 
 
 # --- answers, computed again ----------------------------------------------------------------------
