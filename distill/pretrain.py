@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import count
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mmmamba_edge.config import IMAGE_MEAN, IMAGE_STD, Config
 from mmmamba_edge.distill.cuda_graph import graphed
+from mmmamba_edge.distill.perception import PerceptionHeads
 from mmmamba_edge.distill.progress import load_progress, save_progress
 from mmmamba_edge.distill.recipe import DataConfig, TrainConfig, read_recipe
 from mmmamba_edge.distill.scenes.dataset import SceneCache
@@ -80,15 +81,17 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(train.seed)
     model = from_scratch(config).to(device)
-    optimizers = make_optimizers(model, train.lr, train.weight_decay, device)
-    start = load_progress(out / "progress.safetensors", model, optimizers)
+    objective = Objective(model, train).to(device)
+    heads = objective.heads.parameters()
+    optimizers = make_optimizers(model, train.lr, train.weight_decay, device, heads)
+    start = load_progress(out / "progress.safetensors", objective, optimizers)
     if start:
         print(f"resuming {out} at step {start}", file=sys.stderr)
     if compile_layers:
         for layer in model.layers:
             layer.compile(dynamic=False)
     scene_cache = SceneCache(scenes)
-    gradients = partial(loss_and_gradients, model, train)
+    gradients = partial(loss_and_gradients, objective, train)
     if device == "cuda":
         scene_cache.wait_for(train.batch)
         example = rows_as_tensors(scene_cache, np.arange(train.batch), pin=False)
@@ -132,7 +135,7 @@ def run(
                     flush=True,
                 )
             if done % train.save_every == 0 or done >= train.steps:
-                save_progress(out / "progress.safetensors", model, optimizers, done)
+                save_progress(out / "progress.safetensors", objective, optimizers, done)
                 if val is not None:
                     score = validate(model, SceneCache(val), train.batch, device)
                     metrics.write(json.dumps({"step": done, "val_exact": round(score, 4)}) + "\n")
@@ -156,37 +159,64 @@ def validate(model: MMMamba, scenes: SceneCache, batch: int, device: str) -> flo
             picks = np.arange(start, min(start + batch, len(scenes)))
             row = to_device(rows_as_tensors(scenes, picks, pin=False), device)
             with torch.autocast(device, torch.bfloat16):
-                scores.append((answer_accuracy(model, **row), len(picks)))
+                score = answer_accuracy(model, row["images"], row["ids"], row["mask"])
+                scores.append((score, len(picks)))
     return sum(score * n for score, n in scores) / sum(n for _, n in scores)
 
 
-def loss_and_gradients(
-    model: MMMamba, train: TrainConfig, images: Tensor, ids: Tensor, mask: Tensor
-) -> Tensor:
-    """The loss of one batch, its clipped gradients left in `.grad`; nothing waits for the device.
-
-    Batch as in `answer_loss`.
-    """
-    model.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=train.bf16):
-        loss = answer_loss(model, images, ids, mask)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), train.clip)
-    return loss.detach()
-
-
-def answer_loss(model: MMMamba, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of the answer tokens, averaged over them.
+class Objective(nn.Module):
+    """What training minimises: the answers' loss, and what image tokens are asked to see.
 
     Args:
         model: to train.
-        images: (batch, 3, height, width) float, normalised.
-        ids: (batch, seq) int64, right-padded.
-        mask: (batch, seq) bool, True at answer tokens.
+        train: how much perception counts, and at which layers.
     """
-    hidden = read_all(model, images, ids)[:, :-1]
+
+    def __init__(self, model: MMMamba, train: TrainConfig) -> None:
+        super().__init__()
+        self.model, self.train_config = model, train
+        width = model.config.llm.hidden_size
+        self.heads = PerceptionHeads(width, len(train.perception_layers))
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor, cells: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            images: (batch, 3, height, width) float, normalised.
+            ids: (batch, seq) int64, right-padded.
+            mask: (batch, seq) bool, True at answer tokens.
+            cells: (batch, image tokens, 3) uint8, the labels of image tokens.
+        """
+        model, train = self.model, self.train_config
+        final, taps = read_all(model, images, ids, train.perception_layers)
+        loss = answer_loss(model, final, ids, mask)
+        if train.perception:
+            places = (ids == model.config.img_context_token_id).int()
+            where = places.argsort(dim=1, descending=True, stable=True)[:, : cells.shape[1], None]
+            seen = [x.gather(1, where.expand(-1, -1, x.shape[-1])).flatten(0, 1) for x in taps]
+            loss = loss + train.perception * self.heads(seen, cells.flatten(0, 1))
+        return loss
+
+
+def loss_and_gradients(objective: Objective, train: TrainConfig, **batch: Tensor) -> Tensor:
+    """The loss of one batch, its clipped gradients left in `.grad`; nothing waits for the device.
+
+    Batch as in `Objective.forward`.
+    """
+    objective.zero_grad(set_to_none=True)
+    device = batch["images"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=train.bf16):
+        loss = objective(**batch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(objective.parameters(), train.clip)
+    return loss.detach()
+
+
+def answer_loss(model: MMMamba, hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of the answer tokens, averaged over them; `hidden` is `read_all`'s."""
+    hidden = hidden[:, :-1]
     mask, target = mask[:, 1:], ids[:, 1:]
-    if images.is_cuda:  # a CUDA graph has fixed shapes: mask the loss, not what goes into the head
+    if hidden.is_cuda:  # a CUDA graph has fixed shapes: mask the loss, not what goes into the head
         hidden, target = hidden.flatten(0, 1), target.masked_fill(~mask, -100).flatten()
     else:
         hidden, target = hidden[mask], target[mask]
@@ -198,9 +228,9 @@ def answer_loss(model: MMMamba, images: Tensor, ids: Tensor, mask: Tensor) -> Te
 def answer_accuracy(model: MMMamba, images: Tensor, ids: Tensor, mask: Tensor) -> float:
     """Share of answers whose every token is the most likely one, given the true words before it.
 
-    For one answer that is whether greedy decoding would say it; arguments as in `answer_loss`.
+    For one answer that is whether greedy decoding would say it; arguments as in `Objective`.
     """
-    best = model.language_model.output(read_all(model, images, ids)[:, :-1]).argmax(-1)
+    best = model.language_model.output(read_all(model, images, ids)[0][:, :-1]).argmax(-1)
     mask = mask[:, 1:]
     wrong = (best != ids[:, 1:]) & mask
     starts = mask & ~F.pad(mask, (1, 0))[:, :-1]
@@ -209,11 +239,13 @@ def answer_accuracy(model: MMMamba, images: Tensor, ids: Tensor, mask: Tensor) -
     return 1 - missed / max(int(starts.sum()), 1)
 
 
-def read_all(model: MMMamba, images: Tensor, ids: Tensor) -> Tensor:
-    """The decoder's normed output for every position, (batch, seq, hidden).
+def read_all(
+    model: MMMamba, images: Tensor, ids: Tensor, tapped: Sequence[int] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """The decoder's normed output for every position, and what `tapped` numbers of layers give.
 
-    The same as in `MMMamba.forward`, with fixed shapes throughout (no boolean indexing), so that it
-    compiles once; a row without image positions ignores its image.
+    All are (batch, seq, hidden). The same as in `MMMamba.forward`, with fixed shapes throughout (no
+    boolean indexing), so that it compiles once; a row without image positions ignores its image.
     """
     vectors = model.image_vectors(images)
     assert vectors is not None
@@ -223,11 +255,14 @@ def read_all(model: MMMamba, images: Tensor, ids: Tensor) -> Tensor:
     spread = vectors.gather(1, order[..., None].expand(-1, -1, vectors.shape[-1]))
     text = model.embedding_model.llm_text_embeddings(ids)
     x = torch.where(places[..., None], spread, text)
+    taps: list[Tensor] = []
     for i, layer in enumerate(model.layers):
         if i == len(model.embedding_model.encoder):
             x = model.normalize(x)
         x = layer(x, None)
-    return model.language_model.model.norm(x)
+        if i + 1 in tapped:
+            taps.append(x)
+    return model.language_model.model.norm(x), taps
 
 
 def schedule(step: int, train: TrainConfig) -> float:
@@ -294,12 +329,14 @@ class Feed:
 def rows_as_tensors(
     scenes: SceneCache, picks: NDArray[np.int64], *, pin: bool
 ) -> dict[str, Tensor]:
-    """Rows of the scenes: images (batch, height, width, 3) uint8, ids and mask (batch, seq)."""
-    images, _, ids, mask = scenes.rows(picks)
+    """Rows of the scenes: images (batch, height, width, 3) uint8, ids and mask (batch, seq), cells
+    (batch, image tokens, 3) uint8."""
+    rows = scenes.rows(picks)
     row = {
-        "images": torch.from_numpy(images),
-        "ids": torch.from_numpy(ids.astype(np.int64)),
-        "mask": torch.from_numpy(mask.astype(bool)),
+        "images": torch.from_numpy(rows.images),
+        "ids": torch.from_numpy(rows.ids.astype(np.int64)),
+        "mask": torch.from_numpy(rows.mask.astype(bool)),
+        "cells": torch.from_numpy(rows.cells),
     }
     return {key: value.pin_memory() for key, value in row.items()} if pin else row
 

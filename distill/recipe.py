@@ -11,7 +11,13 @@ from mmmamba_edge.errors import UserError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The [train] table. Rates are per optimiser step."""
+    """The [train] table. Rates are per optimiser step.
+
+    Attributes:
+        perception: weight of the labels of image tokens beside the answers' loss; 0: none.
+        perception_layers: after how many layers of the decoder they are asked for.
+        bf16: autocast to bfloat16; weights stay float32.
+    """
 
     steps: int
     batch: int
@@ -21,7 +27,9 @@ class TrainConfig:
     weight_decay: float
     clip: float
     seed: int
-    bf16: bool  # autocast to bfloat16; weights stay float32
+    bf16: bool
+    perception: float
+    perception_layers: list[int]
     save_every: int
     log_every: int
 

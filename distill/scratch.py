@@ -1,6 +1,7 @@
 """A model with random weights, and the optimisers of its parameters."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -46,12 +47,12 @@ def from_scratch(config: Config) -> MMMamba:
 
 
 def make_optimizers(
-    model: MMMamba, lr: float, weight_decay: float, device: str
+    model: MMMamba, lr: float, weight_decay: float, device: str, extra: Iterable[nn.Parameter] = ()
 ) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest (embeddings, head, stem, vectors).
 
     Muon's updates are scaled to AdamW's size, so one learning rate serves both. Vectors, convs and
-    embeddings do not decay.
+    embeddings do not decay. `extra` parameters that are not the model's go to AdamW.
     """
     inner = {id(p) for layer in model.layers for p in layer.parameters() if p.ndim == 2}
     matrices, decaying, others = [], [], []
@@ -63,7 +64,7 @@ def make_optimizers(
         else:
             others.append(parameter)
     groups = [
-        {"params": decaying, "weight_decay": weight_decay},
+        {"params": [*decaying, *extra], "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     return [

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mmmamba_edge.distill import pretrain
 from mmmamba_edge.distill.cuda_graph import graphed
 from mmmamba_edge.distill.pretrain import (
+    Objective,
     answer_accuracy,
     loss_and_gradients,
     main,
@@ -52,6 +53,8 @@ weight_decay = 0.05
 clip = 1.0
 seed = 3
 bf16 = false
+perception = 0.5
+perception_layers = [1]
 save_every = 6
 log_every = 6
 """
@@ -68,6 +71,7 @@ def run(tmp_path):
     ids[:, 1] = 0
     ids[:, 0, 20:22], ids[:, 1, 20:22] = 9, 1
     np.save(cache / "talk-00000.npy", ids)
+    np.save(cache / "cells-00000.npy", rng.integers(0, 12, (64, 4, 3)).astype(np.uint8))
     np.save(cache / "flags-00000.npy", np.ones((64, 2), np.uint8))
     images = rng.integers(0, 255, (64, 112, 112, 3)).astype(np.uint8)
     np.save(cache / "images-00000.npy", images)
@@ -147,19 +151,24 @@ def test_a_graph_replays_the_gradients(tmp_path):
     path.write_text(RECIPE)
     config, _, train = read_recipe(path)
     torch.manual_seed(0)
-    model = from_scratch(config).cuda()
-    backward = partial(loss_and_gradients, model, train)
+    objective = Objective(from_scratch(config), train).cuda()
+    backward = partial(loss_and_gradients, objective, train)
 
     def batch():
         ids = torch.randint(10, 40, (4, 24), device="cuda")
         ids[:, 2:6] = 7
-        return {"images": torch.randn(4, 3, 112, 112, device="cuda"), "ids": ids, "mask": ids > 30}
+        return {
+            "images": torch.randn(4, 3, 112, 112, device="cuda"),
+            "ids": ids,
+            "mask": ids > 30,
+            "cells": torch.randint(0, 12, (4, 4, 3), dtype=torch.uint8, device="cuda"),
+        }
 
     replay, new = graphed(backward, batch()), batch()
     loss = replay(**new).clone()
-    gradients = [p.grad.clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in objective.parameters()]
     torch.testing.assert_close(loss, backward(**new))
-    torch.testing.assert_close(gradients, [p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients, [p.grad for p in objective.parameters()])
 
 
 def test_the_training_pass_is_the_model(tmp_path):
@@ -173,7 +182,7 @@ def test_the_training_pass_is_the_model(tmp_path):
     ids[0, 3:7] = 7
     images = torch.randn(2, 3, 112, 112)
     with torch.inference_mode():
-        logits = model.language_model.output(read_all(model, images, ids))
+        logits = model.language_model.output(read_all(model, images, ids)[0])
         alone = [model(ids[:1], images[:1]), model(ids[1:])]
     torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
@@ -186,12 +195,12 @@ def test_accuracy_counts_whole_answers(tmp_path):
     ids, mask = torch.randint(10, 40, (2, 24)), torch.zeros(2, 24, dtype=torch.bool)
     images = torch.zeros(2, 3, 112, 112)
     with torch.inference_mode():
-        best = model.language_model.output(read_all(model, images, ids)).argmax(-1)
+        best = model.language_model.output(read_all(model, images, ids)[0]).argmax(-1)
     for row, place in ((0, 4), (0, 9), (1, 5)):
         ids[row, place] = best[row, place - 1]  # later tokens change nothing before them
         mask[row, place] = True
         with torch.inference_mode():
-            best = model.language_model.output(read_all(model, images, ids)).argmax(-1)
+            best = model.language_model.output(read_all(model, images, ids)[0]).argmax(-1)
     assert answer_accuracy(model, images, ids, mask) == 1.0
     mask[1, 6] = True  # the answer at 5 goes on with a word the model does not expect
     ids[1, 6] = (best[1, 5] + 1) % 40

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+import mmmamba_edge.distill
+from mmmamba_edge.distill.recipe import read_recipe
 from mmmamba_edge.distill.scenes import dataset, smalltalk
 from mmmamba_edge.distill.scenes.art import Art, load_art
 from mmmamba_edge.distill.scenes.art import main as art_main
+from mmmamba_edge.distill.scenes.cells import CLASSES, cell_labels
 from mmmamba_edge.distill.scenes.dataset import SceneCache, Spec, easy_vqa_test, iter_eval
 from mmmamba_edge.distill.scenes.phrasing import Question
 from mmmamba_edge.distill.scenes.questions import ask, ask_type, with_chance
-from mmmamba_edge.distill.scenes.render import render
+from mmmamba_edge.distill.scenes.render import letter_boxes, render
 from mmmamba_edge.distill.scenes.rows import encode_turns, make_row
 from mmmamba_edge.distill.scenes.sample import combination_split, level_at, sample_scene
 from mmmamba_edge.distill.scenes.scene import Background, Scene, Thing, Word, scene_rng
@@ -52,6 +56,7 @@ from mmmamba_edge.distill.scenes.vocabulary import (
     slice_of,
     words_of_split,
 )
+from mmmamba_edge.distill.scratch import from_scratch
 from mmmamba_edge.errors import UserError
 
 SPEC = Spec("train", 0, 2, 0, 192, 49, "")
@@ -501,18 +506,63 @@ def test_shards_resume_and_read_back(
     assert not list(tmp_path.glob("*.partial"))
     cache = SceneCache(tmp_path)
     cache.wait_for(40)
-    images, has_image, ids, mask = cache.rows(np.array([3, 17, 39]))
+    images, has_image, ids, mask, cells = cache.rows(np.array([3, 17, 39]))
     assert images.shape == (3, 112, 112, 3) and images.dtype == np.uint8
     assert has_image.dtype == bool and ids.dtype == np.int16 and mask.shape == (3, 192)
     for place, index in enumerate((3, 17, 39)):
         row = make_row(SPEC, art, tokenizer, index)
         assert (images[place] == row.image).all() and has_image[place] == row.has_image
         assert (ids[place] == row.ids).all() and (mask[place] == row.mask).all()
+        assert (cells[place] == row.cells).all()
     with pytest.raises(UserError, match="too few scenes for 44"):
         cache.wait_for(44)
     with pytest.raises(UserError, match="images-00003.npy: not there"):
         dataset.write_cache(SPEC, art_folder, tokenizer_file, tmp_path, count=48)
         cache.wait_for(64, timeout=0)
+
+
+def test_cells_say_what_is_drawn_there(art):
+    """The labels against the picture: cells with a shape's label hold its colour of paint."""
+    seen = {"thing": 0, "letter": 0}
+    for _, scene in scenes("train", 150):
+        picture = render(scene, art).astype(int)
+        boxes = letter_boxes(scene.word, art) if scene.word else []
+        cells = cell_labels(scene, boxes, 7).reshape(7, 7, 3)
+        names = {CLASSES["name"][i] for i in np.unique(cells[..., 0])} - {""}
+        assert names <= {thing.name for thing in scene.things}
+        for thing in scene.things:
+            row, column = int(thing.y // 16), int(thing.x // 16)
+            label = cells[row, column]
+            if CLASSES["name"][label[0]] == thing.name and thing.is_shape and not scene.jpeg:
+                assert CLASSES["colour"][label[1]] in {t.colour for t in scene.things}
+                patch = picture[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+                near = np.abs(patch - np.array(thing.rgb)).max(-1) < 40
+                assert near.mean() > 0.15, thing
+                seen["thing"] += 1
+        if scene.word:
+            shown = {CLASSES["letter"][i] for i in np.unique(cells[..., 2])} - {""}
+            assert shown and shown <= set(scene.word.text)
+            for _, (left, top, right, bottom) in boxes:
+                assert 0 <= left < right <= 113 and 0 <= top < bottom <= 113
+            seen["letter"] += 1
+        else:
+            assert not cells[..., 2].any()
+    assert seen["thing"] > 50 and seen["letter"] > 20
+
+
+def test_cells_are_in_the_order_of_image_tokens():
+    """Cell i of the labels is image token i of the model: pixel shuffle keeps reading order."""
+    config, _, _ = read_recipe(Path(mmmamba_edge.distill.__file__).parent / "recipes/default.toml")
+    model = from_scratch(config)
+    dark = torch.zeros(1, 3, 112, 112)
+    with torch.inference_mode():
+        plain = model.image_vectors(dark)
+        for cell in (0, 1, 7, 12, 48):
+            y, x = cell // 7 * 16, cell % 7 * 16
+            bright = dark.clone()
+            bright[..., y : y + 16, x : x + 16] = 1.0
+            changed = (model.image_vectors(bright) - plain).abs().sum(-1).flatten()
+            assert changed.nonzero().flatten().tolist() == [cell]
 
 
 def test_shards_of_other_facts_are_refused(art_folder, tokenizer_file, tmp_path):

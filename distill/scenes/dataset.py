@@ -3,6 +3,7 @@
     DIR/cache.json           what the shards hold; a resumed run must agree with it
     DIR/images-00000.npy     (n, 112, 112, 3) uint8
     DIR/talk-00000.npy       (n, 2, length) int16: token ids, and 1 where the loss counts
+    DIR/cells-00000.npy      (n, image tokens, 3) uint8: what each image token shows (cells.py)
     DIR/flags-00000.npy      (n, 2) uint8: has a picture, is from easy-vqa
 
 Scene i is in shard i // 8192. Everything follows from (seed, split, i); shards are written by any
@@ -20,11 +21,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from mmmamba_edge.distill.scenes.art import load_art
+from mmmamba_edge.distill.scenes.cells import CLASSES
 from mmmamba_edge.distill.scenes.evaluation import easy_vqa_test, iter_eval
 from mmmamba_edge.distill.scenes.rows import Spec, make_row
 from mmmamba_edge.distill.scenes.scene import SIZE
@@ -35,7 +38,7 @@ from mmmamba_edge.errors import UserError
 __all__ = ["SHARD", "SceneCache", "Spec", "easy_vqa_test", "iter_eval", "write_cache"]
 
 SHARD = 8192
-FORMAT = 1
+FORMAT = 2
 
 
 # --- shards -------------------------------------------------------------------------------------
@@ -46,13 +49,20 @@ def _write_shard(spec: Spec, art: Path, tokenizer: Path, out: Path, shard: int, 
     pictures, words = load_art(art), _tokenizer(tokenizer)
     images = np.zeros((size, SIZE, SIZE, 3), np.uint8)
     talk = np.zeros((size, 2, spec.length), np.int16)
+    cells = np.zeros((size, spec.image_tokens, len(CLASSES)), np.uint8)
     flags = np.zeros((size, 2), np.uint8)
     for place in range(size):
         row = make_row(spec, pictures, words, shard * SHARD + place)
         images[place], talk[place] = row.image, (row.ids, row.mask)
+        cells[place] = row.cells
         flags[place] = row.has_image, row.easy_vqa
     # The images come last: where they are, the rest is.
-    for name, array in (("flags", flags), ("talk", talk), ("images", images)):
+    for name, array in (
+        ("flags", flags),
+        ("cells", cells),
+        ("talk", talk),
+        ("images", images),
+    ):
         path = _shard_path(out, name, shard)
         temporary = path.with_suffix(f".{os.getpid()}.partial")
         with temporary.open("wb") as file:
@@ -134,12 +144,29 @@ class _Progress:
 # --- reading ------------------------------------------------------------------------------------
 
 
+class Rows(NamedTuple):
+    """Rows of a cache.
+
+    Attributes:
+        images: (n, 112, 112, 3) uint8.
+        has_image: (n,) bool.
+        ids, mask: (n, length) int16; the mask is 1 where the loss counts.
+        cells: (n, image tokens, 3) uint8, what each image token shows (cells.py).
+    """
+
+    images: np.ndarray
+    has_image: np.ndarray
+    ids: np.ndarray
+    mask: np.ndarray
+    cells: np.ndarray
+
+
 class SceneCache:
     """A folder of shards, memory-mapped. Shards may still be appearing while it is read."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._open: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._open: dict[int, tuple[np.ndarray, ...]] = {}  # images, talk, cells, flags
 
     def __len__(self) -> int:
         """Scenes that are there now."""
@@ -168,33 +195,25 @@ class SceneCache:
             if len(self._shard(shard)[0]) < size:
                 raise UserError(f"{path}: too few scenes for {count}; render more")
 
-    def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Rows by scene index.
-
-        Args:
-            indices: (n,) integers; sorted ones read faster.
-
-        Returns:
-            images (n, 112, 112, 3) uint8, has_image (n,) bool, ids and mask (n, length) int16.
-        """
+    def rows(self, indices: np.ndarray) -> Rows:
+        """Rows by scene index, an (n,) array of integers; sorted ones read faster."""
         parts = []
         for index in indices:
-            images, talk, flags = self._shard(int(index) // SHARD)
             place = int(index) % SHARD
-            parts.append((images[place], bool(flags[place, 0]), talk[place, 0], talk[place, 1]))
-        images, has_image, ids, mask = zip(*parts, strict=True)
-        return np.stack(images), np.array(has_image), np.stack(ids), np.stack(mask)
+            parts.append([array[place] for array in self._shard(int(index) // SHARD)])
+        images, talk, cells, flags = (np.stack(part) for part in zip(*parts, strict=True))
+        return Rows(images, flags[:, 0].astype(bool), talk[:, 0], talk[:, 1], cells)
 
-    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _shard(self, shard: int) -> tuple[np.ndarray, ...]:
         if shard not in self._open:
-            paths = [_shard_path(self.folder, name, shard) for name in ("images", "talk", "flags")]
+            names = ("images", "talk", "cells", "flags")
+            paths = [_shard_path(self.folder, name, shard) for name in names]
             try:
-                images, talk, flags = (
+                self._open[shard] = tuple(
                     np.asarray(np.load(path, mmap_mode="r", allow_pickle=False)) for path in paths
                 )
             except (OSError, ValueError) as error:
                 raise UserError(f"{paths[0]}: not a readable shard ({error})") from error
-            self._open[shard] = (images, talk, flags)
         return self._open[shard]
 
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from mmmamba_edge.distill.scenes.art import Art
+from mmmamba_edge.distill.scenes.cells import Box
 from mmmamba_edge.distill.scenes.scene import SIZE, Background, Scene, Thing, Word
 from mmmamba_edge.distill.scenes.vocabulary import Split
 
@@ -207,16 +208,33 @@ def _heart_height(t: float) -> float:
 
 def _draw_word(canvas: Image.Image, word: Word, art: Art) -> None:
     draw = ImageDraw.Draw(canvas)
-    size = word.size
-    font = art.font(word.font, size)
-    box = draw.textbbox((0, 0), word.text, font)
-    while box[2] - box[0] > SIZE - 6:  # a wide face: smaller, until it fits
-        size -= 1
-        font = art.font(word.font, size)
-        box = draw.textbbox((0, 0), word.text, font)
+    font, box, left, top = _word_layout(word, art)
     wide, high = box[2] - box[0], box[3] - box[1]
-    left = min(max(word.x - wide / 2, 3), SIZE - 3 - wide)
-    top = min(max(word.y - high / 2, 3), SIZE - 3 - high)
     if word.panel:
         draw.rectangle((left - 4, top - 4, left + wide + 3, top + high + 3), fill=word.panel)
     draw.text((round(left - box[0]), round(top - box[1])), word.text, fill=word.rgb, font=font)
+
+
+def _word_layout(
+    word: Word, art: Art
+) -> tuple[ImageFont.FreeTypeFont, tuple[float, float, float, float], float, float]:
+    """The font, the text's box as drawn at (0, 0), and where the box's left and top go."""
+    size = word.size
+    font = art.font(word.font, size)
+    box = font.getbbox(word.text)
+    while box[2] - box[0] > SIZE - 6:  # a wide face: smaller, until it fits
+        size -= 1
+        font = art.font(word.font, size)
+        box = font.getbbox(word.text)
+    wide, high = box[2] - box[0], box[3] - box[1]
+    left = min(max(word.x - wide / 2, 3), SIZE - 3 - wide)
+    top = min(max(word.y - high / 2, 3), SIZE - 3 - high)
+    return font, box, left, top
+
+
+def letter_boxes(word: Word, art: Art) -> list[tuple[str, Box]]:
+    """Each letter of the printed word, and its (left, top, right, bottom) in px."""
+    font, box, left, top = _word_layout(word, art)
+    ends = [left - box[0] + font.getlength(word.text[:n]) for n in range(len(word.text) + 1)]
+    bottom = top + box[3] - box[1]
+    return [(letter, (ends[n], top, ends[n + 1], bottom)) for n, letter in enumerate(word.text)]

@@ -5,6 +5,7 @@ The prompt format is the template `scenes`: internlm2-chat's, without a system t
 
 import functools
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mmmamba_edge.distill.scenes.art import Art
+from mmmamba_edge.distill.scenes.cells import cell_labels, unknown_cells
 from mmmamba_edge.distill.scenes.phrasing import Question
 from mmmamba_edge.distill.scenes.questions import ask, small_talk, without_picture
-from mmmamba_edge.distill.scenes.render import render
+from mmmamba_edge.distill.scenes.render import letter_boxes, render
 from mmmamba_edge.distill.scenes.sample import level_at, sample_scene
 from mmmamba_edge.distill.scenes.scene import SIZE, scene_rng
 from mmmamba_edge.distill.scenes.tokenizer import (
@@ -55,9 +57,13 @@ class Spec:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation: `ids` and `mask` are (length,), `image` (112, 112, 3) uint8."""
+    """One conversation: `ids` and `mask` are (length,), `image` (112, 112, 3) uint8.
+
+    `cells` are the labels of the image tokens, (image_tokens, 3) uint8 (cells.py).
+    """
 
     image: np.ndarray
+    cells: np.ndarray
     ids: np.ndarray
     mask: np.ndarray
     has_image: bool
@@ -78,7 +84,8 @@ def make_row(spec: Spec, art: Art, tokenizer: Tokenizer, index: int) -> Row:
     """
     rng = scene_rng(spec.seed, spec.split, index)
     draw = rng.random()
-    easy = False
+    easy, side = False, math.isqrt(spec.image_tokens)
+    cells = unknown_cells(side)
     if draw < _TEXT_ONLY:
         image = np.zeros((SIZE, SIZE, 3), np.uint8)
         turns = [without_picture(rng) if rng.random() < 0.35 else small_talk(rng) for _ in range(7)]
@@ -90,13 +97,14 @@ def make_row(spec: Spec, art: Art, tokenizer: Tokenizer, index: int) -> Row:
         level = level_at(rng, index, spec.ramp) if spec.level is None else spec.level
         scene = sample_scene(rng, spec.split, level)
         image = render(scene, art)
+        cells = cell_labels(scene, letter_boxes(scene.word, art) if scene.word else [], side)
         turns = ask(rng, scene, 8)
         picture_turn = 0
         if rng.random() < _LATE_PICTURE:
             turns.insert(0, small_talk(rng))
             picture_turn = 1
     ids, mask = encode_turns(turns, tokenizer, spec, picture_turn)
-    return Row(image, ids, mask, picture_turn is not None, easy)
+    return Row(image, cells, ids, mask, picture_turn is not None, easy)
 
 
 def encode_turns(
