@@ -7,6 +7,7 @@ The recipe (TOML) fixes everything: sizes, data, schedule, seed. Which scenes a 
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -58,12 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the layers (CUDA)")
     args = parser.parse_args(argv)
-    config, data, train = read_recipe(args.recipe, steps=args.steps, batch=args.batch)
-    run(
-        config, data, train, args.scenes, args.out, args.device,
-        compile_layers=args.compile, tokenizer=args.tokenizer, val=args.val,
-        minutes=args.minutes,
-    )  # fmt: skip
+    try:
+        config, data, train = read_recipe(args.recipe, steps=args.steps, batch=args.batch)
+        run(
+            config, data, train, args.scenes, args.out, args.device,
+            compile_layers=args.compile, tokenizer=args.tokenizer, val=args.val,
+            minutes=args.minutes,
+        )  # fmt: skip
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -77,6 +82,8 @@ def run(
     Returns:
         The folder of the finished checkpoint, `out/checkpoint` (training layout, bfloat16).
     """
+    if val is not None and not len(SceneCache(val)):
+        raise UserError(f"{val}: no scenes; render some with scenes.dataset --split val")
     deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(train.seed)
@@ -145,7 +152,8 @@ def run(
             if done >= train.steps:
                 break
     final = out / "checkpoint"
-    if not final.exists():
+    if start < train.steps or not final.exists():
+        shutil.rmtree(final, ignore_errors=True)  # of a shorter run; progress holds the weights
         save_model(model, final, dtype=torch.bfloat16, extra_files=[tokenizer] if tokenizer else [])
     print(f"\nwrote {final}", file=sys.stderr)
     return final

@@ -7,6 +7,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.whole import new_file
+
 
 def save_progress(
     path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int
@@ -18,9 +21,8 @@ def save_progress(
         for p, state in optimizer.state.items():
             for key, value in state.items():
                 tensors[f"optimizer.{names[id(p)]}.{key}"] = torch.as_tensor(value).contiguous()
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"step": str(step)})
-    part.rename(path)
+    with new_file(path) as part:
+        save_file(tensors, part, metadata={"step": str(step)})
 
 
 def load_progress(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -30,6 +32,11 @@ def load_progress(path: Path, model: nn.Module, optimizers: list[torch.optim.Opt
     names = {id(p): name for name, p in model.named_parameters()}
     with safe_open(path, framework="pt") as file, torch.no_grad():
         saved = set(file.keys())
+        missing = sorted({f"model.{name}" for name in names.values()} - saved)
+        if missing:
+            raise UserError(
+                f"{path}: no {missing[0]}; it is another recipe's run: choose another --out"
+            )
         for name, p in model.named_parameters():
             p.copy_(file.get_tensor(f"model.{name}"))
         for optimizer in optimizers:

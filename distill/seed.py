@@ -64,9 +64,9 @@ def seed_checkpoint(
         return seeded[layer][local]
 
     tokenizer = [f for n in TOKENIZER_FILES if (f := teacher.folder / n).is_file()]
-    save_checkpoint(out, config, get, extra_files=tokenizer)
     record = {"seed": seed, "attention_layers": sorted(keep), "teacher": teacher.weights_id()}
-    (out / "seed.json").write_text(json.dumps(record, indent=2) + "\n")
+    texts = {"seed.json": json.dumps(record, indent=2) + "\n"}
+    save_checkpoint(out, config, get, extra_files=tokenizer, extra_texts=texts)
     return config
 
 

@@ -4,15 +4,14 @@ A bundle is what ships to a device. Nothing here needs torch, onnx or a runtime.
 """
 
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.manifest import FileRecord, Manifest, check_names
+from mmmamba_edge.whole import new_folder
 
 MANIFEST = "manifest.json"
 DEFAULT_BUNDLE = Path(__file__).parent / "assets" / "default"  # the embedded model
@@ -104,29 +103,20 @@ def verify_files(
 # --- writing -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def new_bundle(out: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name on success and goes on any failure.
+def new_bundle(out: str | Path) -> AbstractContextManager[Path]:
+    """`whole.new_folder` for a bundle: it replaces a bundle and nothing else."""
+    return new_folder(out, _not_a_bundle)
 
-    An existing bundle at `out` is replaced, at the end and at once; any other existing file or
-    non-empty folder is refused, and so is a place that cannot be written, before anything is done.
-    """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and (is_bundle(out) or not any(out.iterdir()))):
-        raise UserError(f"{out}: exists and is not a bundle; choose another folder or remove it")
+
+def _not_a_bundle(folder: Path) -> str:
+    """Why `folder` is more than a bundle, or none; empty if it is one."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
-    try:
-        yield part
-        part.chmod(0o755)
-        _put_in_place(part, out)
-    except OSError as error:
-        raise UserError(f"{out}: not written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        known = {MANIFEST, *read_manifest(folder).files}
+    except UserError:
+        return "exists and is not a bundle"
+    here = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if not f.is_dir()}
+    more = sorted(here - known)
+    return f"holds {more[0]}, which is not the bundle's" if more else ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -144,26 +134,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     check_names(manifest, MANIFEST)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _put_in_place(part: Path, out: Path) -> None:
-    if not out.exists():
-        part.rename(out)
-        return
-    if not is_bundle(out):
-        out.rmdir()  # empty, or new_bundle would have refused
-        part.rename(out)
-        return
-    # A rename cannot replace a folder that has files: the old one steps aside for a moment.
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    out.rename(old / "old")
-    try:
-        part.rename(out)
-    except OSError:
-        (old / "old").rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(file: Path) -> str:

@@ -65,12 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             if extra is None:
                 raise
             return _fail(missing_package(error.name or "", extra), 2)
-        except KeyboardInterrupt:
-            return 130  # 128 + SIGINT, as shells count
         except BrokenPipeError:
             # The reader (head, less) has gone. Python flushes stdout once more at exit: to nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # 128 + SIGPIPE
+        except OSError as error:  # a folder without permission, a name too long, a full disk
+            return _fail(
+                UserError(f"{error.filename or 'input or output'}: {error.strerror or error}"), 2
+            )
+        except KeyboardInterrupt:
+            return 130  # 128 + SIGINT, as shells count
 
 
 def missing_package(package: str, extra: str) -> UserError:

@@ -1,6 +1,7 @@
 """A conversation at a terminal or through pipes: questions, answers, `/commands`."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -52,6 +53,10 @@ class Dialogue:
                 return
             except UserError as error:
                 terminal.say(f"error: {error}")
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                terminal.say(f"error: {error.filename}: {error.strerror}")
             except KeyboardInterrupt:
                 terminal.say("stopped")
 
@@ -121,9 +126,9 @@ class Dialogue:
             if not self.interactive:
                 raise
         finally:
+            self._keep()  # first: the terminal may be gone
             if not self.args.json:
                 terminal.write("\n")
-            self._keep()
         if self.args.json:
             self.turns.append(
                 {
@@ -251,19 +256,19 @@ def sample_names() -> list[str]:
 
 def find_picture(name: str) -> Path:
     """A file, or the sample picture of that name (`sample:NAME`, or NAME where no file has it)."""
-    sample = SAMPLES / f"{Path(name.removeprefix('sample:')).stem}.png"
-    path = Path(name).expanduser()
-    if name.startswith("sample:") and not sample.is_file():
-        raise UserError(f"{name}: no such sample; there are {', '.join(sample_names()) or 'none'}")
-    return (
-        sample if name.startswith("sample:") or (sample.is_file() and not path.exists()) else path
-    )
+    names, path = sample_names(), Path(os.path.expanduser(name))
+    asked = name.removeprefix("sample:")
+    if name.startswith("sample:") and asked not in names:
+        raise UserError(f"{name}: no such sample; there are {', '.join(names) or 'none'}")
+    if asked in names and (asked != name or not path.exists()):
+        return SAMPLES / f"{asked}.png"
+    return path
 
 
 def _one_file(command: str, words: list[str]) -> Path:
     if len(words) != 1:
         raise UserError(f"{command} takes one file name")
-    return Path(words[0]).expanduser()
+    return Path(os.path.expanduser(words[0]))
 
 
 def _line(stats: Stats) -> str:

@@ -57,10 +57,7 @@ class Generation:
         max_new_tokens: int,
         stop_ids: Collection[int],
     ) -> None:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise UserError(
-                f"max_new_tokens is {max_new_tokens!r}; expected a whole number above 0"
-            )
+        check_limit(max_new_tokens)
         self.runner = runner
         self.position = position
         self.sampler = sampler
@@ -81,6 +78,8 @@ class Generation:
         position = self.position
         if position.pending is not None:
             self.read_pending()
+        # An image token stands for a picture's vector: said, it could never be read.
+        position.logits[self.runner.config.img_context_token_id] = -np.inf
         token = self.sampler.sample(position.logits)
         if token in self.stop_ids:
             self.reason = "stop"

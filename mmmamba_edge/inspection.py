@@ -78,14 +78,14 @@ def read_header(path: Path) -> list[tuple[str, str, list[int], int]]:
             if length > min(100 << 20, path.stat().st_size):
                 raise ValueError(f"header of {length} bytes")
             header = json.loads(file.read(length))
-    except (OSError, struct.error, ValueError) as error:
+        header.pop("__metadata__", None)
+        rows = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        return [
+            (name, info["dtype"], info["shape"], info["data_offsets"][1] - info["data_offsets"][0])
+            for name, info in rows
+        ]
+    except (OSError, struct.error, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: not a safetensors file ({error})") from error
-    header.pop("__metadata__", None)
-    rows = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return [
-        (name, info["dtype"], info["shape"], info["data_offsets"][1] - info["data_offsets"][0])
-        for name, info in rows
-    ]
 
 
 def state_bytes(config: Config) -> tuple[int, int]:

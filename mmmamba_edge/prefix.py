@@ -98,7 +98,7 @@ class PrefixCache:
             return self._kept[key]
         if self.folder is None:
             return None
-        path = self.folder / f"{key}.safetensors"
+        path = self.folder / _file_name(key)
         try:
             tensors, metadata = read_tensors(path, SNAPSHOT)
             snapshot = Snapshot(tensors, int(metadata["tokens"]))
@@ -139,9 +139,10 @@ class PrefixCache:
 
     def _write(self, folder: Path, key: str, snapshot: Snapshot) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"{key}.safetensors"
+        path = folder / _file_name(key)
         write_tensors(path, SNAPSHOT, snapshot.arrays, {"tokens": str(snapshot.tokens)})
-        oldest_first = sorted(folder.glob("*.safetensors"), key=lambda f: f.stat().st_mtime_ns)
+        ours = folder.glob(_file_name("*"))  # no other file is ours to remove
+        oldest_first = sorted(ours, key=lambda f: f.stat().st_mtime_ns)
         total = sum(file.stat().st_size for file in oldest_first)
         for file in oldest_first[:-1]:
             if total > self.max_bytes:
@@ -198,3 +199,7 @@ def _parts(
 
 def _from(start: int, total: int, progress: Progress) -> Progress:
     return lambda done, _: progress(start + done, total)
+
+
+def _file_name(key: str) -> str:
+    return f"prefix-{key}.safetensors"

@@ -165,7 +165,7 @@ def _nucleus(
     """The fewest most likely of `ids` whose probabilities sum to `top_p`: at least one."""
     # All tokens below this bound weigh less than 1 - top_p together, so none is in the nucleus:
     # what is left to sort is a few hundred of 92,553.
-    likely = probabilities > (1 - top_p) / len(ids)
+    likely = probabilities >= (1 - top_p) / len(ids)
     ids, probabilities = ids[likely], probabilities[likely]
     order = np.lexsort((ids, -probabilities))
     ids, probabilities = ids[order], probabilities[order]

@@ -311,11 +311,12 @@ def _tokenizer_of(runner: Runner) -> Tokenizer:
             "this model has no tokenizer files, so it takes token ids only: use runner.prefill and "
             "generate_ids, or put the tokenizer beside the checkpoint and export again"
         )
-    tokenizer = _tokenizer_in(runner.tokenizer_dir)
+    times = tuple(f.stat().st_mtime_ns for f in sorted(runner.tokenizer_dir.iterdir()))
+    tokenizer = _tokenizer_in(runner.tokenizer_dir, times)
     check_tokenizer(tokenizer, runner.config)
     return tokenizer
 
 
 @lru_cache(maxsize=1)  # a large vocabulary takes a second to load, a session should take none
-def _tokenizer_in(folder: Path) -> Tokenizer:
+def _tokenizer_in(folder: Path, times: tuple[int, ...]) -> Tokenizer:
     return load_tokenizer(folder)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.runtimes.base import Runner, State
+from mmmamba_edge.whole import new_file
 
 SESSION = "mmmamba-edge session"  # the kind of file
 VERSION = 1  # of its format; a newer one is refused
@@ -115,25 +115,13 @@ def write_tensors(
     Raises:
         UserError: the file cannot be written; nothing is left behind.
     """
-    target = Path(os.path.realpath(path))  # a link stays a link: what it points at is replaced
     arrays = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
     metadata = {**metadata, "kind": kind, "version": str(VERSION)}
     header = _header(arrays, {**metadata, "sha256": _digest(arrays, metadata)})
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".mmmamba-", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:  # mkstemp's files are mode 0600
-            file.write(struct.pack("<Q", len(header)) + header)
-            for array in arrays.values():
-                file.write(array.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+    with new_file(path, 0o600) as part, part.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for array in arrays.values():
+            file.write(array.data)
 
 
 def check_writable(path: str | Path) -> None:

@@ -13,7 +13,6 @@ people wrote, their names are plain characters.
 
 import codecs
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from mmmamba_edge.prompt import (
 )
 from mmmamba_edge.sentencepiece_bpe import SentencePieceVocabulary
 from mmmamba_edge.tokenizer_json import JsonVocabulary
+from mmmamba_edge.whole import new_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -249,15 +249,8 @@ def save_tokenizer_files(source: str | Path, target: str | Path) -> list[str]:
     """Copy the tokenizer files of one folder into another; returns their names."""
     names = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
     for name in names:
-        temporary = Path(target) / f".{name}.tmp"
-        try:
-            shutil.copyfile(Path(source) / name, temporary)
-            os.replace(temporary, Path(target) / name)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"{Path(target) / name}: cannot be written ({error.strerror or error})"
-            ) from error
+        with new_file(Path(target) / name) as part:
+            shutil.copyfile(Path(source) / name, part)
     return names
 
 

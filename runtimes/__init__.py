@@ -62,6 +62,13 @@ def _open_checkpoint(path: str | Path, threads: int | None, provider: str) -> Ru
         ) from error
     from mmmamba_edge.runtimes.torch_runner import TorchRunner
 
+    try:
+        torch.empty(1, device=provider)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"provider {provider!r}: this torch has no such device ({str(error).splitlines()[0]}); "
+            "use cpu"
+        ) from error
     if threads is not None:
         torch.set_num_threads(threads)
     return TorchRunner.from_checkpoint(path, device=provider)

@@ -249,11 +249,22 @@ def test_other_things_in_the_way_are_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.png").write_bytes(b"cat")
     (tmp_path / "file").write_bytes(b"x")
-    for name in ("photos", "file"):
-        with pytest.raises(UserError, match=f"{name}: exists and is not a bundle; choose another"):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/manifest.json").write_text('{"name": "a web page has one too"}')
+    for name, kind in (("photos", "a bundle"), ("file", "a folder"), ("site", "a bundle")):
+        with pytest.raises(UserError, match=f"{name}: exists and is not {kind}; choose another"):
             with new_bundle(tmp_path / name):
                 pass
     assert (tmp_path / "photos/cat.png").read_bytes() == b"cat"
+    assert (tmp_path / "site/manifest.json").exists()
+
+
+def test_a_bundle_with_other_files_in_it_is_refused(bundle):
+    (bundle / "talk.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match="holds talk.safetensors, which is not the bundle's"):
+        with new_bundle(bundle):
+            pass
+    assert (bundle / "talk.safetensors").read_bytes() == b"mine"
 
 
 def test_empty_folder_is_taken(tmp_path):

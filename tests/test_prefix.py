@@ -146,11 +146,11 @@ def test_snapshots_outlive_the_process_in_a_folder(runner, tmp_path):
     _, state = runner.prefill(IDS)
     PrefixCache(folder=folder).put("k", state)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((folder / "k.safetensors").stat().st_mode) == 0o600
+    assert stat.S_IMODE((folder / "prefix-k.safetensors").stat().st_mode) == 0o600
     snapshot = PrefixCache(folder=folder).get("k")
     assert snapshot is not None and snapshot.tokens == len(IDS)
     np.testing.assert_array_equal(snapshot.arrays["0.ssm"], state.held["0.ssm"])
-    (folder / "k.safetensors").write_bytes(b"spoiled")
+    (folder / "prefix-k.safetensors").write_bytes(b"spoiled")
     assert PrefixCache(folder=folder).get("k") is None
 
 
@@ -158,14 +158,16 @@ def test_the_folder_keeps_to_the_limit_too(runner, tmp_path):
     _, state = runner.prefill(IDS)
     probe = PrefixCache(folder=tmp_path / "probe")
     probe.put("k", state)
-    size = (tmp_path / "probe" / "k.safetensors").stat().st_size
+    size = (tmp_path / "probe" / "prefix-k.safetensors").stat().st_size
     cache = PrefixCache(max_bytes=2 * size + size // 2, folder=tmp_path / "f")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/photos.safetensors").write_bytes(b"not the cache's")
     for time, key in enumerate("abc"):
         cache.put(key, state)
-        os.utime(tmp_path / "f" / f"{key}.safetensors", (time, time))
+        os.utime(tmp_path / "f" / f"prefix-{key}.safetensors", (time, time))
     cache.put("d", state)
     names = sorted(p.name for p in (tmp_path / "f").iterdir())
-    assert names == ["c.safetensors", "d.safetensors"]
+    assert names == ["photos.safetensors", "prefix-c.safetensors", "prefix-d.safetensors"]
 
 
 def test_what_was_read_from_the_folder_lately_stays_in_it(runner, tmp_path):
@@ -173,12 +175,12 @@ def test_what_was_read_from_the_folder_lately_stays_in_it(runner, tmp_path):
     cache = PrefixCache(folder=tmp_path)
     for time, key in enumerate("ab"):
         cache.put(key, state)
-        os.utime(tmp_path / f"{key}.safetensors", (time, time))
-    size = (tmp_path / "a.safetensors").stat().st_size
+        os.utime(tmp_path / f"prefix-{key}.safetensors", (time, time))
+    size = (tmp_path / "prefix-a.safetensors").stat().st_size
     later = PrefixCache(max_bytes=2 * size + size // 2, folder=tmp_path)
     assert later.get("a") is not None
     later.put("c", state)
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["prefix-a", "prefix-c"]
 
 
 def test_an_unwritable_folder_costs_a_warning_not_the_answer(runner, tmp_path, caplog):
@@ -192,4 +194,4 @@ def test_an_unwritable_folder_costs_a_warning_not_the_answer(runner, tmp_path, c
 def test_a_snapshot_is_no_session(runner, tmp_path):
     PrefixCache(folder=tmp_path).put("k", runner.new_state())
     with pytest.raises(UserError, match="not a file of kind 'mmmamba-edge session'"):
-        read_tensors(tmp_path / "k.safetensors", SESSION)
+        read_tensors(tmp_path / "prefix-k.safetensors", SESSION)

@@ -28,6 +28,7 @@ from PIL import Image, ImageFont
 
 from mmmamba_edge.distill.scenes.vocabulary import FONTS, KINDS, SOURCES
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.whole import new_folder
 
 SPRITE_SIZE = 64
 NPM = {
@@ -115,43 +116,49 @@ def build(out: Path, packages: Path | None = None) -> None:
         out: folder to make; an existing one is replaced once the new one is complete.
         packages: folder with downloaded archives (.tgz, .deb, .whl); what it lacks is downloaded.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        stock = Path(scratch)
-        temporary = out.with_name(out.name + ".partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        record: dict[str, dict[str, str]] = {}
-        for source, (name, version, member, licence) in NPM.items():
-            archive = npm_archive(name, version, packages, stock)
-            _sprites(archive, member, temporary / "sprites" / source)
-            record[source] = _entry(name, version, licence, archive)
-        for name, (version, licence) in DEBIAN.items():
-            archive = _deb(name, version, packages, stock)
-            if _fonts(archive, temporary / "fonts"):
-                record[name] = _entry(name, version, licence, archive)
-        archive = _wheel(*EASY_VQA[:2], packages, stock)
-        _easy_vqa(archive, temporary / "easy_vqa")
-        record["easy_vqa"] = _entry(*EASY_VQA, archive)
-    missing = {f for files in FONTS.values() for f in files} - {
-        path.name for path in (temporary / "fonts").iterdir()
-    }
-    if missing:
-        raise UserError(f"no package holds the font {sorted(missing)[0]}")
-    files = {
-        str(path.relative_to(temporary)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(temporary.rglob("*"))
-        if path.is_file()
-    }
-    art = {
-        "format": 1,
-        "sources": record,
-        "kinds": {kind.name: list(kind.codepoints) for kind in KINDS.values()},
-        "fonts": FONTS,
-        "sha256": files,
-    }
-    (temporary / "art.json").write_text(json.dumps(art, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    with new_folder(out, _not_art) as folder, tempfile.TemporaryDirectory() as scratch:
+        record = _unpack(folder, packages, Path(scratch))
+        missing = {f for files in FONTS.values() for f in files} - {
+            path.name for path in (folder / "fonts").iterdir()
+        }
+        if missing:
+            raise UserError(f"no package holds the font {sorted(missing)[0]}")
+        files = {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        art = {
+            "format": 1,
+            "sources": record,
+            "kinds": {kind.name: list(kind.codepoints) for kind in KINDS.values()},
+            "fonts": FONTS,
+            "sha256": files,
+        }
+        (folder / "art.json").write_text(json.dumps(art, indent=1) + "\n")
+
+
+def _unpack(folder: Path, packages: Path | None, stock: Path) -> dict[str, dict[str, str]]:
+    """Sprites, fonts and easy-vqa into `folder`; returns where they are from."""
+    record: dict[str, dict[str, str]] = {}
+    for source, (name, version, member, licence) in NPM.items():
+        archive = npm_archive(name, version, packages, stock)
+        _sprites(archive, member, folder / "sprites" / source)
+        record[source] = _entry(name, version, licence, archive)
+    for name, (version, licence) in DEBIAN.items():
+        archive = _deb(name, version, packages, stock)
+        if _fonts(archive, folder / "fonts"):
+            record[name] = _entry(name, version, licence, archive)
+    archive = _wheel(*EASY_VQA[:2], packages, stock)
+    _easy_vqa(archive, folder / "easy_vqa")
+    record["easy_vqa"] = _entry(*EASY_VQA, archive)
+    return record
+
+
+def _not_art(folder: Path) -> str:
+    parts = {"art.json", "sprites", "fonts", "easy_vqa"}
+    more = sorted({path.name for path in folder.iterdir()} - parts)
+    return f"holds {more[0]}, which is no artwork" if more else ""
 
 
 def _codepoints() -> list[str]:

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -34,6 +33,7 @@ from mmmamba_edge.distill.scenes.scene import SIZE
 from mmmamba_edge.distill.scenes.tokenizer import load_tokenizer
 from mmmamba_edge.distill.scenes.vocabulary import SPLITS
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.whole import new_file
 
 __all__ = ["SHARD", "SceneCache", "Spec", "easy_vqa_test", "iter_eval", "write_cache"]
 
@@ -63,11 +63,8 @@ def _write_shard(spec: Spec, art: Path, tokenizer: Path, out: Path, shard: int, 
         ("talk", talk),
         ("images", images),
     ):
-        path = _shard_path(out, name, shard)
-        temporary = path.with_suffix(f".{os.getpid()}.partial")
-        with temporary.open("wb") as file:
+        with new_file(_shard_path(out, name, shard)) as part, part.open("wb") as file:
             np.save(file, array, allow_pickle=False)
-        temporary.replace(path)
     return size
 
 

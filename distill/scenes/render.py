@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from PIL.ImageFont import FreeTypeFont, ImageFont
 
 from mmmamba_edge.distill.scenes.art import Art
 from mmmamba_edge.distill.scenes.cells import Box
@@ -215,9 +216,7 @@ def _draw_word(canvas: Image.Image, word: Word, art: Art) -> None:
     draw.text((round(left - box[0]), round(top - box[1])), word.text, fill=word.rgb, font=font)
 
 
-def _word_layout(
-    word: Word, art: Art
-) -> tuple[ImageFont.FreeTypeFont, tuple[float, float, float, float], float, float]:
+def _word_layout(word: Word, art: Art) -> tuple[FreeTypeFont | ImageFont, Box, float, float]:
     """The font, the text's box as drawn at (0, 0), and where the box's left and top go."""
     size = word.size
     font = art.font(word.font, size)

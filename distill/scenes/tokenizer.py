@@ -19,6 +19,7 @@ from mmmamba_edge.distill.scenes.sample import sample_scene
 from mmmamba_edge.distill.scenes.scene import scene_rng
 from mmmamba_edge.distill.scenes.vocabulary import COLOURS, KINDS, SHAPES
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.whole import new_file
 
 VOCAB_SIZE = 1024
 SPECIAL = (
@@ -98,10 +99,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="tokenizer.json to write")
     args = parser.parse_args(argv)
-    temporary = args.out.with_name(args.out.name + ".partial")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    train_tokenizer().save(str(temporary))
-    temporary.replace(args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(args.out) as part:
+            train_tokenizer().save(str(part))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"wrote {args.out}", file=sys.stderr)
     return 0
 

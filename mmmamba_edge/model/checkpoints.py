@@ -4,11 +4,11 @@ HoVLE's layout (a teacher), the training layout and the released one open and sa
 (tensor_names.py). Whatever the file holds, tensors come out under their training names.
 """
 
+import functools
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from mmmamba_edge.model.tensor_names import (
     renamed,
     training_shapes,
 )
+from mmmamba_edge.whole import new_folder
 
 Layout = Literal["training", "released"]
 INDEX = "model.safetensors.index.json"
@@ -62,15 +63,17 @@ class Checkpoint:
             return self._handle(fused).get_slice(fused)[rows]
         return self._handle(renamed(name)).get_tensor(renamed(name))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, one after the other."""
-        return ((name, self.get(name)) for name in self.names())
-
     def stored(self) -> Iterator[tuple[str, str, Shape]]:
         """(name, dtype, shape) of what the files hold, under the files' own names."""
         for name in sorted(self._files):
             view = self._handle(name).get_slice(name)
             yield name, view.get_dtype(), tuple(view.get_shape())
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds all tensors: theirs, or of several the widest."""
+        one = {self._handle(name).get_slice(name).get_dtype(): name for name in self._files}
+        found = (self._handle(name).get_tensor(name).dtype for name in one.values())
+        return functools.reduce(torch.promote_types, found)
 
     def weights_id(self) -> str:
         """SHA-256 over the live tensors' names, dtypes, shapes, bytes; the same in both layouts."""
@@ -112,7 +115,7 @@ def load_model(
     Args:
         checkpoint: a folder, or one already open.
         device: where the weights go.
-        dtype: of the weights; None keeps the file's.
+        dtype: of the weights; None keeps the file's (of a file with several, the widest).
 
     Returns:
         The model in eval mode.
@@ -120,6 +123,7 @@ def load_model(
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     with torch.device("meta"):
         model = MMMamba(source.config)
+    dtype = dtype or source.dtype()
     for name in model.state_dict():
         # clone: a memory-mapped tensor would keep the file open and fault on use
         tensor = source.get(name).to(device=device, dtype=dtype)
@@ -137,6 +141,7 @@ def save_checkpoint(
     layout: Layout = "training",
     dtype: torch.dtype | None = None,
     extra_files: Iterable[Path] = (),
+    extra_texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write a checkpoint folder: shards, index, config.json, and `extra_files` copied beside them.
@@ -150,10 +155,11 @@ def save_checkpoint(
         layout: 'training' (for a teacher: HoVLE's own) or 'released' (fused).
         dtype: to store in; None keeps each tensor's.
         extra_files: tokenizer files and the like.
+        extra_texts: further files, their contents by name.
         shard_bytes: largest shard; a shard is what is held in memory at a time.
     """
     folder = Path(folder)
-    with written_whole(folder) as part:
+    with new_folder(folder) as part:
         (part / "config.json").write_text(
             json.dumps(config.to_hf(), indent=2, ensure_ascii=False) + "\n"
         )
@@ -162,6 +168,8 @@ def save_checkpoint(
         _write_shards(part, shapes, get, dtype, shard_bytes)
         for file in extra_files:
             shutil.copyfile(file, part / file.name)
+        for name, text in (extra_texts or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -208,36 +216,6 @@ def tensor_report(expected: dict[str, Shape], found: dict[str, Shape]) -> str:
     return "\n".join(lines)
 
 
-class written_whole:
-    """Context: a temporary folder that becomes `folder` on success and goes on failure."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> Path:
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder}: exists already; choose a new folder or remove it")
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.part = Path(
-                tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent)
-            )
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror})") from error
-        self.part.chmod(0o755)
-        return self.part
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        if kind is None:
-            if self.folder.exists():
-                self.folder.rmdir()
-            self.part.rename(self.folder)
-            return
-        shutil.rmtree(self.part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{self.folder}: not written ({error.strerror or error})") from error
-
-
 # --- reading --------------------------------------------------------------------------------
 
 
@@ -245,10 +223,12 @@ def _find_files(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = {folder / file for file in names.values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a safetensors index ({error})") from error
-        return {name: folder / file for name, file in names.items()}
+        # What the shards hold counts, whatever the index says of them.
+        return {name: shard for shard in sorted(shards) for name in _open_file(shard).keys()}
     single = folder / SINGLE
     if not single.is_file():
         raise UserError(

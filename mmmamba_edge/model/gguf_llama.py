@@ -41,12 +41,13 @@ def convert_gguf(
     config = _config(reader, path, embedding_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     get = _giver(tensors, config, path, seed)
-    part = save_checkpoint(out, config, get)
+    texts = {}
     tokenizer = _tokenizer(reader, config)
     if tokenizer is not None:
-        tokenizer.save(str(part / "tokenizer.json"))
         special = {"bos_token": None, "eos_token": _token(reader, "eos_token_id")}
-        (part / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+        texts["tokenizer.json"] = tokenizer.to_str()
+        texts["tokenizer_config.json"] = json.dumps(special, indent=2) + "\n"
+    save_checkpoint(out, config, get, extra_texts=texts)
     return config
 
 
@@ -72,7 +73,9 @@ def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError("reading GGUF needs the gguf package: pip install gguf") from error
+        raise UserError(
+            "reading GGUF needs the gguf package: pip install 'mmmamba-edge[train]'"
+        ) from error
     if not path.is_file():
         raise UserError(f"{path}: not found")
     try:
@@ -116,6 +119,17 @@ def _config(reader: Any, path: Path, embedding_layers: int | None) -> Config:
     if missing:
         raise UserError(f"{path}: no llama.{missing[0]}")
     layers, heads = need["block_count"], need["attention.head_count"]
+    width = need["embedding_length"] // heads
+    for key, plain in (
+        ("llama.rope.scaling.type", "none"),
+        ("llama.rope.dimension_count", width),
+        ("llama.attention.key_length", width),
+        ("llama.attention.value_length", width),
+    ):
+        if (found := _field(reader, key, plain)) != plain:
+            raise UserError(f"{path}: {key} is {found!r}; this reader knows {plain!r} only")
+    if _field(reader, "tokenizer.ggml.tokens") is None:
+        raise UserError(f"{path}: no tokenizer.ggml.tokens, so the vocabulary's size is unknown")
     first = layers // 4 if embedding_layers is None else embedding_layers
     if not 0 <= first <= layers:
         raise UserError(f"--embedding-layers {first}: this model has {layers} layers")
