@@ -44,7 +44,7 @@ def export_onnx(
         out: the bundle; an existing bundle is replaced, anything else refused.
         quant: "none" (float32) or "int8".
         ops: "com.microsoft", ONNX Runtime's own operators, or "standard", plain opset 27.
-        max_context: tokens that attention layers keep; None: `default_context`. Not for a linear
+        max_context: tokens that attention layers keep; None: `context_limit`. Not for a linear
             model, which has no limit.
         report: told in a line what is being done.
 

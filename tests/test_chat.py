@@ -240,6 +240,8 @@ def test_sample_pictures_have_names(monkeypatch, tmp_path, picture):
     assert dialogue.find_picture("a cat") == Path(picture)
     assert dialogue.find_picture(picture) == Path(picture)
     assert dialogue.find_picture("dog.png") == Path("dog.png")
+    assert dialogue.find_picture("holidays/a cat.jpg") == Path("holidays/a cat.jpg")  # not there
+    assert dialogue.find_picture("~no-such-user/x.png") == Path("~no-such-user/x.png")
     with pytest.raises(UserError, match="sample:dog: no such sample; there are a cat"):
         dialogue.find_picture("sample:dog")
 

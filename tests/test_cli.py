@@ -82,6 +82,11 @@ def test_arguments_reach_the_verb_and_its_code_comes_back(verb, capsys):
     [
         (UserError("x.bin: not found"), 2, "mmmamba-edge: error: x.bin: not found\n"),
         (CheckFailed("too far apart"), 1, "mmmamba-edge: error: too far apart\n"),
+        (
+            PermissionError(13, "Permission denied", "photos/cat.png"),
+            2,
+            "mmmamba-edge: error: photos/cat.png: Permission denied\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
         (
             ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"),

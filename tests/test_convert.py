@@ -125,7 +125,7 @@ def test_pack_wqkv_is_the_inverse_of_split():
     assert torch.equal(pack_wqkv(*split_wqkv(wqkv, config), config), wqkv)
 
 
-def write_gguf(path, *, architecture="llama"):
+def write_gguf(path, *, architecture="llama", rope_scaling=None):
     """The golden teacher's text half as a Llama GGUF (layers in order, embedding layers first)."""
     gguf = pytest.importorskip("gguf")
     source = open_checkpoint(TEACHER)
@@ -139,6 +139,8 @@ def write_gguf(path, *, architecture="llama"):
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_theta)
+    if rope_scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope_scaling))
     letters = [chr(33 + i) for i in range(94)]
     words = letters + [f"{a}{b}" for a in "ab" for b in letters][: 151 - 94]
     writer.add_tokenizer_model("gpt2")
@@ -190,6 +192,13 @@ def test_gguf_keeps_every_text_tensor(tmp_path):
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert tokenizer.token_to_id("<IMG_CONTEXT>") == 153
     assert tokenizer.encode("ab<img>").ids[-1] == 151
+
+
+def test_gguf_with_what_the_decoder_does_not_compute_is_refused(tmp_path):
+    write_gguf(tmp_path / "m.gguf", rope_scaling="linear")
+    with pytest.raises(UserError, match=r"llama\.rope\.scaling\.type is 'linear'; .* 'none' only"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_gguf_of_another_architecture_and_garbage(tmp_path):

@@ -30,6 +30,16 @@ def greedy_by_rereading(runner, count):
     return ids[len(PROMPT) :]
 
 
+def test_an_image_token_is_never_said():
+    """Said, it would stand for a picture that is not there, and block the conversation."""
+    runner = FakeRunner()
+    image = runner.config.img_context_token_id
+    logits, state = runner.prefill(PROMPT)
+    logits[image] = logits.max() + 100
+    ids = list(generate_ids(runner, logits, state, Sampler(), 5))
+    assert len(ids) == 5 and image not in ids
+
+
 @pytest.mark.parametrize("max_context", [None, 64])
 def test_it_equals_rereading_the_whole_history(max_context):
     runner = FakeRunner(max_context=max_context)
