@@ -5,10 +5,14 @@ change the computation; everything else in the file is carried along and comes b
 """
 
 import json
+import math
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from mmmamba_edge.errors import UserError
 
@@ -26,6 +30,9 @@ class RopeScaling:
     type: Literal["linear", "dynamic"]
     factor: float
 
+    def __post_init__(self) -> None:
+        _check_values(self)
+
 
 @dataclass(frozen=True)
 class StackConfig:
@@ -40,6 +47,12 @@ class StackConfig:
     max_position_embeddings: int
     layer_types: tuple[LayerType, ...]
     rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        wrong = sorted(set(map(str, self.layer_types)) - set(get_args(LayerType)))
+        if wrong:
+            raise UserError(f"config: layer type {wrong[0]!r}; expected 'attention' or 'mamba2'")
 
     @property
     def head_dim(self) -> int:
@@ -82,6 +95,7 @@ class Config:
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        _check_values(self)
         if self.embedding.hidden_size != self.llm.hidden_size:
             raise UserError(
                 f"config: embedding hidden_size {self.embedding.hidden_size} and llm hidden_size "
@@ -191,16 +205,17 @@ class Config:
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, where: str = "config") -> "Config":
         """Read `to_dict`'s form; an unknown or missing key is an error naming `where`."""
-        halves = {}
-        for name in ("embedding", "llm"):
-            half = dict(_strict(data.get(name, {}), StackConfig, f"{where}.{name}"))
-            half["layer_types"] = tuple(half["layer_types"])
-            if half.get("rope_scaling"):
-                half["rope_scaling"] = RopeScaling(
-                    **_strict(half["rope_scaling"], RopeScaling, f"{where}.{name}.rope_scaling")
-                )
-            halves[name] = StackConfig(**half)
-        return cls(**{**_strict(data, cls, where), **halves})
+        data, halves = _strict(data, cls, where), {}
+        with _naming(where):
+            for name in ("embedding", "llm"):
+                half = dict(_strict(data[name], StackConfig, f"{where}.{name}"))
+                half["layer_types"] = tuple(half["layer_types"])
+                if half.get("rope_scaling"):
+                    half["rope_scaling"] = RopeScaling(
+                        **_strict(half["rope_scaling"], RopeScaling, f"{where}.{name}.rope_scaling")
+                    )
+                halves[name] = StackConfig(**half)
+            return cls(**{**data, **halves})
 
     # --- HF config.json -----------------------------------------------------------------------
 
@@ -321,7 +336,10 @@ def load_config(checkpoint: str | Path) -> Config:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
-    return Config.from_hf(data, where=str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected an object, found {type(data).__name__}")
+    with _naming(str(path)):
+        return Config.from_hf(data, where=str(path))
 
 
 # --- reading one half ---------------------------------------------------------------------------
@@ -396,6 +414,37 @@ def _refuse_unsupported(embedding: dict[str, Any], llm: dict[str, Any], where: s
 
 
 # --- known keys -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Errors of the values themselves (`config: ...`) say which file they are from."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(where + text[6:] if text.startswith("config:") else text) from None
+
+
+def _check_values(config: Any) -> None:
+    """UserError for the first field that is not of its annotated kind, or out of range."""
+    for item in fields(config):
+        name, value, kind = item.name, getattr(config, item.name), item.type
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if kind is int:
+            low = 0 if name.endswith("token_id") else 1
+            good, expected = whole and value >= low, f"a whole number from {low} up"
+        elif kind is float:
+            number = whole or isinstance(value, float)
+            good, expected = number and 0 < value < math.inf, "a number above 0"
+        elif kind is bool or kind is str:
+            good, expected = isinstance(value, kind), f"a {kind.__name__}"
+        elif get_origin(kind) is Literal:
+            good, expected = value in get_args(kind), f"one of {get_args(kind)}"
+        else:
+            continue
+        if not good:
+            raise UserError(f"config: {name} is {value!r}; expected {expected}")
 
 
 def _strict(data: Any, kind: type, where: str) -> dict[str, Any]:

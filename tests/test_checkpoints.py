@@ -162,3 +162,47 @@ def test_unknown_config_keys(tmp_path):
     with pytest.raises(UserError, match="missing key vocab_size"):
         Config.from_dict({k: v for k, v in config.to_dict().items() if k != "vocab_size"})
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("llm_config", {"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole"),
+        ("llm_config", {"vocab_size": "199"}, "vocab_size is '199'; expected a whole number"),
+        ("embedding_config", {"patch_size": None}, "patch_size is None; expected a whole number"),
+        ("llm_config", {"rms_norm_eps": "x"}, "rms_norm_eps is 'x'; expected a number above 0"),
+        (None, {"downsample_ratio": 0}, "downsample_ratio is 0; expected a number above 0"),
+    ],
+)
+def test_a_config_value_that_cannot_be_is_named(section, values, message, tmp_path):
+    data = json.loads((golden.ROOT / "release_plain/teacher/config.json").read_text())
+    (data[section] if section else data).update(values)
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=rf"config\.json: {message}"):
+        load_config(tmp_path)
+
+
+def test_an_index_that_promises_too_much_is_reported(tmp_path):
+    source = open_checkpoint(golden.ROOT / "release_plain/teacher")
+    save_checkpoint(tmp_path / "c", source.config, source.get, shard_bytes=200_000)
+    index = tmp_path / "c/model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    name, shard = sorted(data["weight_map"].items())[0]
+    kept = {k: v for k, v in load_file(tmp_path / "c" / shard).items() if k != name}
+    save_file(kept, tmp_path / "c" / shard)
+    with pytest.raises(UserError, match=rf"(?s)missing.*{name}"):
+        open_checkpoint(tmp_path / "c")
+    index.write_text('{"weight_map": ["model.safetensors"]}')
+    with pytest.raises(UserError, match="index.json: not a safetensors index"):
+        open_checkpoint(tmp_path / "c")
+
+
+def test_a_file_of_several_dtypes_loads_in_the_widest(tmp_path):
+    source = open_checkpoint(golden.ROOT / "release_plain/linear/final")
+
+    def get(name):
+        return source.get(name).bfloat16() if "conv1d" in name else source.get(name)
+
+    save_checkpoint(tmp_path / "mixed", source.config, get)
+    model = load_model(tmp_path / "mixed")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
