@@ -30,8 +30,8 @@ def ask(runner, name, question):
         ("panda", "Is there a car in the picture?", "no"),
         ("three-apples", "How many apples are there?", "3"),
         ("dog-and-car", "Is there a car?", "yes"),
-        ("circle-and-square", "What color is the circle?", "red"),
-        ("circle-and-square", "What color is the square?", "blue"),
+        ("circle-and-square", "Describe the picture.", "a red circle and a blue square"),
+        ("rocket-and-star", "Describe the picture.", "a rocket and a yellow star"),
     ],
 )
 def test_it_sees_the_sample_pictures(runner, name, question, answer):
