@@ -430,7 +430,7 @@ def _check_values(config: Any) -> None:
     """UserError for the first field that is not of its annotated kind, or out of range."""
     for item in fields(config):
         name, value, kind = item.name, getattr(config, item.name), item.type
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        whole = issubclass(type(value), Integral) and type(value) is not bool
         if kind is int:
             low = 0 if name.endswith("token_id") else 1
             good, expected = whole and value >= low, f"a whole number from {low} up"
