@@ -15,6 +15,7 @@ from mmmamba_edge.bundle import read_manifest, verify_files
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.manifest import TOKENIZER, Manifest
 from mmmamba_edge.runtimes.base import Arrays, Progress, State
+from mmmamba_edge.runtimes.checks import check_ids, check_pictures, check_room, check_state
 from mmmamba_edge.runtimes.onnx_state import OnnxState, Tensor, is_cache
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class OnnxRuntimeRunner:
         The logits lie in a buffer that the next call writes over.
         """
         own = self.new_state() if state is None else self._own(state)
-        ids = self._check_ids(input_ids, own)
+        ids = check_ids(input_ids, self.config, own.tokens, self.max_context)
         for part, vectors in self._chunks(ids, pixel_values):
             self._run(own, self._bind_decoder(own, vectors, self._keep, self._logits), part)
             if progress:
@@ -107,7 +108,7 @@ class OnnxRuntimeRunner:
         The logits lie in a buffer that the next call writes over.
         """
         own = self._own(state)
-        self._check_ids(np.array([token_id]), own)
+        check_ids(np.array([token_id]), self.config, own.tokens, self.max_context)
         self._step_id.array[0, 0] = token_id
         self._embed.run_with_iobinding(self._step_embed)
         binding = own.bindings[own.now]
@@ -124,17 +125,13 @@ class OnnxRuntimeRunner:
     def load_state(self, arrays: Arrays, tokens: int) -> OnnxState:
         """A state from the neutral layout."""
         new = self.new_state()
-        self._check_room(tokens)
-        extra = sorted(set(arrays) - set(new.past))
-        if extra:
-            raise UserError(
-                f"state has {extra[0]}, which this model does not; it is another model's"
-            )
-        for name, tensor in new.past.items():
-            target = tensor.array[0, :, :tokens] if is_cache(name) else tensor.array[0]
-            found = arrays[name].shape if name in arrays else "nothing"
-            if found != target.shape:
-                raise UserError(f"state {name}: expected {target.shape}, found {found}")
+        check_room(tokens, self.max_context)
+        targets = {
+            name: tensor.array[0, :, :tokens] if is_cache(name) else tensor.array[0]
+            for name, tensor in new.past.items()
+        }
+        check_state(arrays, {name: target.shape for name, target in targets.items()})
+        for name, target in targets.items():
             target[:] = arrays[name]
         new.tokens = tokens
         return new
@@ -149,7 +146,7 @@ class OnnxRuntimeRunner:
     ) -> tuple[NDArray[np.float32], OnnxState]:
         """`prefill` with the logits of every position: (tokens, vocab_size), the caller's own."""
         own = self.new_state() if state is None else self._own(state)
-        ids = self._check_ids(input_ids, own)
+        ids = check_ids(input_ids, self.config, own.tokens, self.max_context)
         every = np.empty((len(ids), self.config.vocab_size), np.float32)
         keep = Tensor(np.zeros(1, np.int64))
         for part, vectors in self._chunks(ids, pixel_values):
@@ -206,22 +203,8 @@ class OnnxRuntimeRunner:
         self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         """Vectors (image tokens, hidden) for the image positions of `ids`, in order."""
-        config = self.config
-        places = int((ids == config.img_context_token_id).sum())
-        tiles = 0 if pixel_values is None else len(pixel_values)
-        if places != tiles * config.tokens_per_tile:
-            raise UserError(
-                f"input_ids hold {places} image tokens; {tiles} tiles make "
-                f"{tiles * config.tokens_per_tile}"
-            )
-        if pixel_values is None or not tiles:
-            return np.empty((0, config.hidden_size), np.float32)
-        expected = (3, config.image_size, config.image_size)
-        if pixel_values.shape[1:] != expected or pixel_values.dtype != np.float32:
-            raise UserError(
-                f"pixel_values: expected float32 (tiles, {', '.join(map(str, expected))}), found "
-                f"{pixel_values.dtype} {pixel_values.shape}"
-            )
+        if not check_pictures(ids, pixel_values, self.config) or pixel_values is None:
+            return np.empty((0, self.config.hidden_size), np.float32)
         if self._vision is None:
             self._vision = self._session("vision", self._options[0])
         vision = self._vision  # one tile at a time bounds its memory, and costs no time
@@ -229,25 +212,6 @@ class OnnxRuntimeRunner:
         return np.concatenate(parts, axis=1)[0]
 
     # --- checks ---------------------------------------------------------------------------------
-
-    def _check_ids(self, input_ids: NDArray[np.int64], state: OnnxState) -> NDArray[np.int64]:
-        ids = np.asarray(input_ids)
-        if ids.ndim != 1 or not len(ids):
-            raise UserError(f"input_ids: expected (tokens,) with at least one, found {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise UserError(
-                f"input_ids: {int(ids.min())}..{int(ids.max())} leaves the vocabulary of "
-                f"{self.config.vocab_size}; this is another model's tokenizer"
-            )
-        self._check_room(state.tokens + len(ids))
-        return ids.astype(np.int64, copy=False)
-
-    def _check_room(self, tokens: int) -> None:
-        if self.max_context is not None and tokens > self.max_context:
-            raise UserError(
-                f"{tokens} tokens exceed the context of {self.max_context} that this bundle's "
-                "attention cache was made for; reset, or export it with a larger --max-context"
-            )
 
     def _own(self, state: State) -> OnnxState:
         if not isinstance(state, OnnxState) or state.owner is not self:

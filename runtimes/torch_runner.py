@@ -13,6 +13,7 @@ from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoi
 from mmmamba_edge.model.decoder import DEFAULT_CONTEXT, DecoderState, MMMamba
 from mmmamba_edge.model.layers import AttentionState
 from mmmamba_edge.runtimes.base import Arrays, Progress, State
+from mmmamba_edge.runtimes.checks import check_ids, check_pictures, check_room, check_state
 
 PREFILL_CHUNK = 512  # tokens a prefill reads at a time: bounds its memory, costs nothing measurable
 
@@ -98,8 +99,10 @@ class TorchRunner:
     ) -> tuple[NDArray[np.float32], TorchState]:
         """Read a prompt in chunks; see `runtimes.base.Runner.prefill`."""
         own = self.new_state() if state is None else _own(state)
-        ids = self._check_ids(input_ids, own)
-        images = self._check_images(ids, pixel_values)
+        ids = self._ids(input_ids, own)
+        images = None
+        if check_pictures(ids.cpu().numpy(), pixel_values, self.config):
+            images = self.model.image_vectors(torch.from_numpy(pixel_values).to(ids.device))
         logits = torch.empty(0)
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = ids[start : start + PREFILL_CHUNK]
@@ -114,7 +117,7 @@ class TorchRunner:
     def step(self, token_id: int, state: State) -> tuple[NDArray[np.float32], TorchState]:
         """Read one token; see `runtimes.base.Runner.step`."""
         own = _own(state)
-        ids = self._check_ids(np.array([token_id], dtype=np.int64), own)
+        ids = self._ids(np.array([token_id]), own)
         logits, _ = self.model.step(ids, own.inner)
         return logits[0].float().cpu().numpy(), own
 
@@ -127,28 +130,24 @@ class TorchRunner:
     def load_state(self, arrays: Arrays, tokens: int) -> TorchState:
         """A state from the neutral layout."""
         new = self.new_state()
-        if self.max_context is not None and tokens > self.max_context:
-            raise UserError(f"state of {tokens} tokens; max_context is {self.max_context}")
-        expected = set()
-        for i, layer in enumerate(new.inner.layers):
-            attention = isinstance(layer, AttentionState)
-            for name, tensor in layer.tensors().items():
-                key = f"{i}.{name}"
-                expected.add(key)
-                target = tensor[0, :, :tokens] if attention else tensor[0]
-                found = arrays[key].shape if key in arrays else "nothing"
-                if found != tuple(target.shape):
-                    raise UserError(f"state {key}: expected {tuple(target.shape)}, found {found}")
-                target.copy_(torch.from_numpy(np.ascontiguousarray(arrays[key])))
+        check_room(tokens, self.max_context)
+        targets = {
+            f"{i}.{name}": tensor[0, :, :tokens] if isinstance(layer, AttentionState) else tensor[0]
+            for i, layer in enumerate(new.inner.layers)
+            for name, tensor in layer.tensors().items()
+        }
+        check_state(arrays, {name: tuple(target.shape) for name, target in targets.items()})
+        for name, target in targets.items():
+            target.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+        for layer in new.inner.layers:
             if isinstance(layer, AttentionState):
                 layer.length.fill_(tokens)
-        extra = sorted(set(arrays) - expected)
-        if extra:
-            raise UserError(
-                f"state has {extra[0]}, which this model does not; it is another model's"
-            )
         new.inner.length.fill_(tokens)
         return new
+
+    def _ids(self, input_ids: NDArray[np.int64], state: TorchState) -> torch.Tensor:
+        ids = check_ids(input_ids, self.config, state.tokens, self.max_context)
+        return torch.from_numpy(ids).to(self.model.language_model.output.weight.device)
 
     def _read(
         self, ids: torch.Tensor, images: torch.Tensor | None, state: DecoderState
@@ -157,39 +156,6 @@ class TorchRunner:
         model = self.model
         x = model.encode(model.embed_tokens(ids, None, images), None, state)
         return model.read_on(model.normalize(x), None, state)
-
-    def _check_ids(self, input_ids: NDArray[np.int64], state: TorchState) -> torch.Tensor:
-        ids = np.asarray(input_ids)
-        if ids.ndim != 1 or not len(ids):
-            raise UserError(f"input_ids: expected (tokens,) with at least one, found {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise UserError(
-                f"input_ids: {int(ids.min())}..{int(ids.max())} leaves the vocabulary of "
-                f"{self.config.vocab_size}; this is another model's tokenizer"
-            )
-        if self.max_context is not None and state.tokens + len(ids) > self.max_context:
-            raise UserError(
-                f"{state.tokens + len(ids)} tokens exceed the context of {self.max_context} that "
-                "this model's attention cache was made for; reset, or open it with a larger one"
-            )
-        return torch.from_numpy(ids.astype(np.int64)).to(
-            self.model.language_model.output.weight.device
-        )
-
-    def _check_images(
-        self, ids: torch.Tensor, pixel_values: NDArray[np.float32] | None
-    ) -> torch.Tensor | None:
-        """Image vectors (tokens, hidden) for the image positions of `ids`, in order."""
-        places = int((ids == self.config.img_context_token_id).sum())
-        tiles = 0 if pixel_values is None else len(pixel_values)
-        if places != tiles * self.config.tokens_per_tile:
-            raise UserError(
-                f"input_ids hold {places} image tokens; {tiles} tiles make "
-                f"{tiles * self.config.tokens_per_tile}"
-            )
-        if not tiles:
-            return None
-        return self.model.image_vectors(torch.from_numpy(np.asarray(pixel_values)).to(ids.device))
 
 
 def _own(state: State) -> TorchState:
