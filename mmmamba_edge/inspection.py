@@ -115,6 +115,7 @@ def as_text(facts: dict[str, Any]) -> str:
     config, llm = facts["config"], facts["config"]["llm"]
     halves = [config[name]["layer_types"] for name in ("embedding", "llm")]
     attention = [i for i, kind in enumerate(halves[0] + halves[1]) if kind == "attention"]
+    between = ", another between the halves" if config["normalize_encoder_output"] else ""
     growth = f" + {facts['state_bytes_per_token']:,} a token" if attention else ", at any context"
     rows = [
         ("layers", f"{len(halves[0])} embedding + {len(halves[1])} language"),
@@ -122,7 +123,10 @@ def as_text(facts: dict[str, Any]) -> str:
         ("hidden", f"{llm['hidden_size']}, feed-forward {llm['intermediate_size']}"),
         ("heads", f"{llm['num_attention_heads']}, {llm['num_key_value_heads']} key/value"),
         ("vocabulary", f"{config['vocab_size']}"),
-        ("images", f"{config['image_size']} px tiles of {facts['image_tokens_per_tile']} tokens"),
+        ("images", _images(config, facts["image_tokens_per_tile"])),
+        ("positions", _positions(llm) if attention else "none: Mamba-2 needs no RoPE"),
+        ("norms", f"epsilon {llm['rms_norm_eps']:g}{between}"),
+        ("prompt", f"template {config['template']}, image token {config['img_context_token_id']}"),
         ("state", f"{facts['state_bytes']:,} bytes{growth} (float32)"),
     ]
     if facts["kind"] == "bundle":
@@ -146,3 +150,19 @@ def as_text(facts: dict[str, Any]) -> str:
         ]
     title = f"{facts['path']}: {facts['kind']} of mmMamba {facts['variant']}"
     return "\n".join([title, *(f"{name:<11} {text}" for name, text in rows), *table])
+
+
+def _images(config: dict[str, Any], tokens: int) -> str:
+    several = config["max_dynamic_patch"] > 1
+    thumbnail = " and a thumbnail" if several and config["use_thumbnail"] else ""
+    return (
+        f"{config['image_size']} px tiles of {tokens} tokens ({config['patch_size']} px patches, "
+        f"pixel shuffle {config['pixel_shuffle_loc']!r}), {config['min_dynamic_patch']} to "
+        f"{config['max_dynamic_patch']} tiles{thumbnail}"
+    )
+
+
+def _positions(stack: dict[str, Any]) -> str:
+    scaling = stack["rope_scaling"]
+    scaled = f", {scaling['type']} scaling by {scaling['factor']:g}" if scaling else ""
+    return f"RoPE theta {stack['rope_theta']:g}{scaled}, up to {stack['max_position_embeddings']:,}"
