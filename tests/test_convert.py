@@ -125,7 +125,7 @@ def test_pack_wqkv_is_the_inverse_of_split():
     assert torch.equal(pack_wqkv(*split_wqkv(wqkv, config), config), wqkv)
 
 
-def write_gguf(path, *, architecture="llama", rope_scaling=None):
+def write_gguf(path, *, architecture="llama", rope_scaling=None, words="gpt2"):
     """The golden teacher's text half as a Llama GGUF (layers in order, embedding layers first)."""
     gguf = pytest.importorskip("gguf")
     source = open_checkpoint(TEACHER)
@@ -142,12 +142,12 @@ def write_gguf(path, *, architecture="llama", rope_scaling=None):
     if rope_scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType(rope_scaling))
     letters = [chr(33 + i) for i in range(94)]
-    words = letters + [f"{a}{b}" for a in "ab" for b in letters][: 151 - 94]
-    writer.add_tokenizer_model("gpt2")
+    pieces = letters + [f"{a}{b}" for a in "ab" for b in letters][: 151 - 94]
+    writer.add_tokenizer_model(words)
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(words)
+    writer.add_token_list(pieces)
     writer.add_token_types([1] * 150 + [3])
-    writer.add_token_merges([f"{w[0]} {w[1]}" for w in words[94:]])
+    writer.add_token_merges([f"{w[0]} {w[1]}" for w in pieces[94:]])
     writer.add_eos_token_id(150)
 
     def add(name, tensor):
@@ -192,6 +192,14 @@ def test_gguf_keeps_every_text_tensor(tmp_path):
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     assert tokenizer.token_to_id("<IMG_CONTEXT>") == 153
     assert tokenizer.encode("ab<img>").ids[-1] == 151
+
+
+def test_gguf_with_another_kind_of_tokenizer_says_so(tmp_path):
+    write_gguf(tmp_path / "m.gguf", words="llama")
+    with pytest.warns(UserWarning, match=r"m\.gguf: its tokenizer is not byte-level BPE"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out", embedding_layers=2)
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    open_checkpoint(tmp_path / "out")
 
 
 def test_gguf_with_what_the_decoder_does_not_compute_is_refused(tmp_path):

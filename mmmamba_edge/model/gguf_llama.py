@@ -5,6 +5,7 @@ pre-norm blocks, text logits stay the language model's own. Three tokens are add
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def convert_gguf(
         special = {"bos_token": None, "eos_token": _token(reader, "eos_token_id")}
         texts["tokenizer.json"] = tokenizer.to_str()
         texts["tokenizer_config.json"] = json.dumps(special, indent=2) + "\n"
+    else:
+        warnings.warn(
+            f"{path}: its tokenizer is not byte-level BPE, so the checkpoint gets none and takes "
+            "token ids only; put the model's tokenizer.json beside it to chat",
+            stacklevel=2,
+        )
     save_checkpoint(out, config, get, extra_texts=texts)
     return config
 
