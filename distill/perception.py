@@ -39,10 +39,12 @@ class PerceptionHeads(nn.Module):
         target = labels.long().masked_fill(labels == UNKNOWN, -100)
         sizes = [len(names) for names in CLASSES.values()]
         weights = [torch.ones(n, device=labels.device) for n in sizes]
+        for weight in weights:
+            weight[0] = NOTHING
         losses = []
         for head, states in zip(self.heads, hidden, strict=True):
             for sort, logits in enumerate(head(states).float().split(sizes, dim=-1)):
-                weight = weights[sort].clone()
-                weight[0] = NOTHING
-                losses.append(F.cross_entropy(logits, target[:, sort], weight, ignore_index=-100))
+                losses.append(
+                    F.cross_entropy(logits, target[:, sort], weights[sort], ignore_index=-100)
+                )
         return torch.stack(losses).mean()

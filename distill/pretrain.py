@@ -87,7 +87,7 @@ def run(
     deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(train.seed)
-    model = from_scratch(config).to(device)
+    model = from_scratch(config)
     objective = Objective(model, train).to(device)
     heads = objective.heads.parameters()
     optimizers = make_optimizers(model, train.lr, train.weight_decay, device, heads)

@@ -24,11 +24,6 @@ _REPAIR = "Copy or export the bundle again"
 # --- opening -------------------------------------------------------------------------------------
 
 
-def is_bundle(path: str | Path) -> bool:
-    """Whether `path` is a folder with a manifest in it."""
-    return (Path(path) / MANIFEST).is_file()
-
-
 def read_manifest(path: str | Path) -> Manifest:
     """Read the manifest of the bundle folder `path`.
 
