@@ -40,7 +40,7 @@ class PerceptionHeads(nn.Module):
         sizes = [len(names) for names in CLASSES.values()]
         weights = [torch.ones(n, device=labels.device) for n in sizes]
         for weight in weights:
-            weight[0] = NOTHING
+            weight[:1].fill_(NOTHING)  # a plain assignment copies from the CPU: no CUDA graph then
         losses = []
         for head, states in zip(self.heads, hidden, strict=True):
             for sort, logits in enumerate(head(states).float().split(sizes, dim=-1)):

@@ -55,11 +55,11 @@ def inspect(path: Path) -> dict[str, Any]:
         config = load_config(path)
         tensors = [
             {"name": name, "dtype": dtype, "shape": shape, "bytes": size}
-            for file in sorted(path.glob("*.safetensors"))
+            for file in sorted(path.glob("model*.safetensors"))  # not a run's progress beside it
             for name, dtype, shape, size in read_header(file)
         ]
         if not tensors:
-            raise UserError(f"{path}: no .safetensors files; expected a checkpoint's weights there")
+            raise UserError(f"{path}: no model*.safetensors; expected a checkpoint's weights there")
         own = {
             "kind": "checkpoint",
             "layout": "released" if any("wvkqgdt" in t["name"] for t in tensors) else "training",

@@ -26,6 +26,17 @@ def test_a_checkpoint_in_numbers(capsys):
     assert states[1] - states[0] == 10 * growth and 0 <= bookkeeping < 100
 
 
+def test_other_files_beside_the_weights_do_not_count(tmp_path, capsys):
+    for file in HYBRID.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "progress.safetensors").write_bytes((HYBRID / "model.safetensors").read_bytes())
+    counted = []
+    for folder in (HYBRID, tmp_path):
+        assert main(["inspect", "--json", str(folder)]) == 0
+        counted.append(json.loads(capsys.readouterr().out)["parameters"])
+    assert counted[0] == counted[1]
+
+
 def test_a_checkpoint_in_words(capsys):
     assert main(["inspect", str(HYBRID)]) == 0
     text = capsys.readouterr().out

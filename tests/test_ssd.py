@@ -8,6 +8,7 @@ import torch
 
 import oracle
 from mmmamba_edge.model import ssd
+from mmmamba_edge.model.mixer import causal_conv
 from tolerances import CHUNKED, STEPS
 
 LENGTHS = (1, 63, 64, 65, 130)
@@ -122,3 +123,24 @@ def test_cuda_is_the_oracle(length, name):
     tolerance = CHUNKED[name]._asdict()
     torch.testing.assert_close(y.cpu().double(), want, **tolerance)
     torch.testing.assert_close(final.cpu().double(), want_state, **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("given", [False, True], ids=["from zeros", "from a state"])
+def test_the_conv_on_cuda_is_the_one_on_the_cpu(name, given):
+    """On CUDA it is causal-conv1d's kernel where that is installed."""
+    generator = torch.Generator().manual_seed(0)
+    z, weight, bias, column = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((3, 65, 32), (32, 1, 2), (32,), (3, 32, 1))
+    )
+    lengths, state = torch.tensor([65, 1, 40]), column if given else None
+    dtype = getattr(torch, name)
+    rounded = [x if x is None else x.to(dtype) for x in (z, weight, bias, state)]
+    want, last = causal_conv(*(x if x is None else x.double() for x in rounded), lengths)
+    moved = [x if x is None else x.cuda() for x in (*rounded, lengths)]
+    y, columns = causal_conv(*moved)
+    torch.testing.assert_close(y.cpu().double(), want, **CHUNKED[name]._asdict())
+    torch.testing.assert_close(columns.cpu().double(), last, rtol=0, atol=0)
