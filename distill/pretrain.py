@@ -30,6 +30,7 @@ from mmmamba_edge.distill.perception import PerceptionHeads
 from mmmamba_edge.distill.progress import load_progress, save_progress
 from mmmamba_edge.distill.recipe import DataConfig, TrainConfig, read_recipe
 from mmmamba_edge.distill.scenes.dataset import SceneCache
+from mmmamba_edge.distill.schedule import wsd
 from mmmamba_edge.distill.scratch import from_scratch, make_optimizers
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import save_model
@@ -91,7 +92,8 @@ def run(
     objective = Objective(model, train).to(device)
     heads = objective.heads.parameters()
     optimizers = make_optimizers(model, train.lr, train.weight_decay, device, heads)
-    start = load_progress(out / "progress.safetensors", objective, optimizers)
+    parameters = dict(objective.named_parameters())
+    start = load_progress(out / "progress.safetensors", parameters, optimizers).step
     if start:
         print(f"resuming {out} at step {start}", file=sys.stderr)
     if compile_layers:
@@ -142,7 +144,7 @@ def run(
                     flush=True,
                 )
             if done % train.save_every == 0 or done >= train.steps:
-                save_progress(out / "progress.safetensors", objective, optimizers, done)
+                save_progress(out / "progress.safetensors", parameters, optimizers, done)
                 if val is not None:
                     score = validate(model, SceneCache(val), train.batch, device)
                     metrics.write(json.dumps({"step": done, "val_exact": round(score, 4)}) + "\n")
@@ -274,10 +276,8 @@ def read_all(
 
 
 def schedule(step: int, train: TrainConfig) -> float:
-    """Warm-up, stable, decay: a factor on the learning rate that ends at zero with the training."""
-    up = (step + 1) / train.warmup if train.warmup else 1.0
-    down = (train.steps - step) / train.decay if train.decay else 1.0
-    return min(1.0, up, down)
+    """The factor on the learning rate: warm-up, stable, a straight decay to zero."""
+    return wsd(step, steps=train.steps, warmup=train.warmup, decay=train.decay, shape="linear")
 
 
 def shortened(recipe: TrainConfig, train: TrainConfig, done: int, left: float) -> TrainConfig:

@@ -1,11 +1,11 @@
 """Recipes: TOML files that fix a training run, read strictly."""
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmmamba_edge.config import Config, StackConfig
+from mmmamba_edge.distill.tables import read_table, read_toml
 from mmmamba_edge.errors import UserError
 
 
@@ -29,7 +29,7 @@ class TrainConfig:
     seed: int
     bf16: bool
     perception: float
-    perception_layers: list[int]
+    perception_layers: tuple[int, ...]
     save_every: int
     log_every: int
 
@@ -46,16 +46,13 @@ def read_recipe(
     path: Path, *, steps: int | None = None, batch: int | None = None
 ) -> tuple[Config, DataConfig, TrainConfig]:
     """Read a recipe; an unknown or missing key is an error that names it."""
-    try:
-        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not a readable recipe ({error})") from error
+    recipe = read_toml(path)
     unknown = sorted(set(recipe) - {"model", "data", "train"})
     if unknown:
         raise UserError(f"{path}: unknown table [{unknown[0]}]; known are [model], [data], [train]")
     override = {k: v for k, v in (("steps", steps), ("batch", batch)) if v is not None}
-    train = _table(TrainConfig, recipe.get("train", {}) | override, f"{path} [train]")
-    data = _table(DataConfig, recipe.get("data", {}), f"{path} [data]")
+    train = read_table(TrainConfig, recipe.get("train", {}) | override, f"{path} [train]")
+    data = read_table(DataConfig, recipe.get("data", {}), f"{path} [data]")
     return _model_config(recipe.get("model", {}), f"{path} [model]"), data, train
 
 
@@ -84,12 +81,3 @@ def _model_config(table: dict[str, Any], where: str) -> Config:
     except TypeError as error:
         raise UserError(f"{where}: {error}") from error
     return config.with_attention_layers(attention)
-
-
-def _table(kind: type, table: dict[str, Any], where: str) -> Any:
-    known = set(kind.__dataclass_fields__)
-    if set(table) != known:
-        wrong = sorted(set(table) - known) or sorted(known - set(table))
-        word = "unknown" if set(table) - known else "missing"
-        raise UserError(f"{where}: {word} key {', '.join(wrong)}; expected {sorted(known)}")
-    return kind(**table)

@@ -7,6 +7,7 @@ gate; the randomness comes from a stored seed.
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,22 @@ from mmmamba_edge.tokenizer import TOKENIZER_FILES
 DT_RANGE = (0.001, 0.1)
 A_LOG = 1.0  # a = -exp(1)
 GATE_GAIN = 2**-2.5
+
+
+@dataclass(frozen=True)
+class Seeding:
+    """How mixers begin (the paper's ablation, spec 8.3).
+
+    Attributes:
+        seed: of the random parts.
+        inherit: queries, keys and values are the teacher's; else random.
+        mimic: conv, dt and decay are set so that the mixer begins close to linear attention; else
+            as Mamba-2 is usually initialised.
+    """
+
+    seed: int = 0
+    inherit: bool = True
+    mimic: bool = True
 
 
 def seed_checkpoint(
@@ -60,7 +77,7 @@ def seed_checkpoint(
             seeded.clear()  # a layer's tensors are asked for together: hold one layer at a time
             prefix = f"{layer_prefix(config, layer)}attention."
             wqkv, wo = teacher.get(f"{prefix}wqkv.weight"), teacher.get(f"{prefix}wo.weight")
-            seeded[layer] = seed_mixer(wqkv, wo, config, layer, seed)
+            seeded[layer] = seed_mixer(wqkv, wo, config, layer, Seeding(seed))
         return seeded[layer][local]
 
     tokenizer = [f for n in TOKENIZER_FILES if (f := teacher.folder / n).is_file()]
@@ -71,7 +88,7 @@ def seed_checkpoint(
 
 
 def seed_mixer(
-    wqkv: Tensor, wo: Tensor, config: Config, layer: int, seed: int
+    wqkv: Tensor, wo: Tensor, config: Config, layer: int, seeding: Seeding
 ) -> dict[str, Tensor]:
     """The tensors of one mixer, in the dtype of the teacher's weights.
 
@@ -79,11 +96,15 @@ def seed_mixer(
     """
     stack = config.stack_of(layer)
     shapes = mixer_shapes(config, layer)
-    random = torch.Generator().manual_seed(seed * 10_007 + layer)
+    random = torch.Generator().manual_seed(seeding.seed * 10_007 + layer)
+
+    def uniform(name: str, low: float, high: float) -> Tensor:
+        return torch.rand(shapes[name], generator=random) * (high - low) + low
+
     low, high = (math.log(bound) for bound in DT_RANGE)
-    dt = torch.exp(torch.rand(shapes["dt_bias"], generator=random) * (high - low) + low)
+    dt = torch.exp(uniform("dt_bias", low, high))
     gate_bound = GATE_GAIN * math.sqrt(6 / (2 * stack.hidden_size))  # Xavier, fan in = fan out
-    gate = (torch.rand(shapes["g_proj.weight"], generator=random) * 2 - 1) * gate_bound
+    gate = uniform("g_proj.weight", -gate_bound, gate_bound)
     conv = torch.zeros(shapes["conv1d.weight"])
     conv[..., -1] = 1.0
     q, k, v = split_wqkv(wqkv, stack)
@@ -100,4 +121,17 @@ def seed_mixer(
         "g_norm.weight": torch.ones(shapes["g_norm.weight"]),
         "o_proj.weight": wo,
     }
+    inner = stack.hidden_size**-0.5  # the bound of torch's Linear
+    if not seeding.mimic:
+        edge = shapes["conv1d.weight"][-1] ** -0.5  # and of its depthwise Conv1d
+        mixer |= {
+            "conv1d.weight": uniform("conv1d.weight", -edge, edge),
+            "conv1d.bias": uniform("conv1d.bias", -edge, edge),
+            "in_proj.weight": uniform("in_proj.weight", -inner, inner),
+            "dt_bias": torch.zeros(shapes["dt_bias"]),
+            "A_log_bias": uniform("A_log_bias", 1.0, 16.0).log(),
+        }
+    if not seeding.inherit:
+        names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+        mixer |= {name: uniform(name, -inner, inner) for name in names}
     return {name: tensor.to(wqkv.dtype) for name, tensor in mixer.items()}

@@ -29,6 +29,7 @@ VERBS = {
     "eval": ("mmmamba_edge.distill.scenes.eval_command", "score a model on questions by type"),
     "inspect": ("mmmamba_edge.inspection", "print config, sizes, state bytes and tensors"),
     "seed": ("mmmamba_edge.distill.seed_command", "make a student of a teacher"),
+    "distill": ("mmmamba_edge.distill.distill_command", "train a student from a teacher"),
     "convert": ("mmmamba_edge.model.convert_command", "make a checkpoint of other files"),
 }
 
@@ -41,6 +42,7 @@ EXTRAS = {
     "torchao": "executorch",
     "accelerate": "train",
     "tensorboard": "train",
+    "bitsandbytes": "cuda",
     "gguf": "train",
 }
 

@@ -96,6 +96,25 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise UserError(f"{source}: cannot be read ({error.strerror or error})") from error
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) that `load_image` will give, from the header alone.
+
+    Raises:
+        UserError: not a picture, or too large to decode; FileNotFoundError where there is none.
+    """
+    with path.open("rb") as file, _pillow_contained(str(path), "not a picture that can be read"):
+        image = Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        width, height = image.size
+        if width * height > REFUSE_PIXELS:
+            raise _too_large(image, str(path))
+        try:  # the base class's method: PNG's own would decode all pixels first
+            turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
+        except Exception:  # a damaged EXIF block does not spoil the picture
+            turned = False
+        # Of a TIFF, Pillow gives the size upright.
+        return (height, width) if turned and image.format != "TIFF" else (width, height)
+
+
 def choose_grid(
     width: int, height: int, *, min_tiles: int, max_tiles: int, tile: int
 ) -> tuple[int, int]:
@@ -208,10 +227,7 @@ def _pillow_contained(name: str, what: str) -> Iterator[None]:
 def _decode(image: Image.Image, name: str, *, draft: bool = True) -> Image.Image:
     width, height = image.size
     if width * height > REFUSE_PIXELS:
-        raise UserError(
-            f"{name}: {_size(image)} is more than {REFUSE_PIXELS // 10**6} megapixels; "
-            "save it smaller"
-        )
+        raise _too_large(image, name)
     original = _size(image)
     if draft and (factor := _factor(image)) > 1:
         image.draft("RGB", (width // factor, height // factor))  # JPEG: decodes fewer pixels
@@ -225,6 +241,11 @@ def _decode(image: Image.Image, name: str, *, draft: bool = True) -> Image.Image
     if rgb.size != (width, height):
         _log.warning("%s: %s downscaled to %dx%d", name, original, *rgb.size)
     return rgb.transpose(orientation) if orientation is not None else rgb
+
+
+def _too_large(image: Image.Image, name: str) -> UserError:
+    limit = REFUSE_PIXELS // 10**6
+    return UserError(f"{name}: {_size(image)} is more than {limit} megapixels; save it smaller")
 
 
 def _size(image: Image.Image) -> str:

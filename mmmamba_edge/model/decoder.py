@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.errors import UserError
@@ -87,7 +88,14 @@ class LanguageModel(nn.Module):
 
 
 class MMMamba(nn.Module):
-    """Ids and pixels to logits: `forward` reads whole sequences, `prefill` and `step` go on."""
+    """Ids and pixels to logits: `forward` reads whole sequences, `prefill` and `step` go on.
+
+    Attributes:
+        recompute: in training keep only each layer's input and run it again for the backward pass
+            (activation checkpointing).
+    """
+
+    recompute = False
 
     def __init__(self, config: Config):
         super().__init__()
@@ -122,9 +130,7 @@ class MMMamba(nn.Module):
         """
         ids, lengths, order = _compact(input_ids, attention_mask)
         x = self.embed(ids, lengths, pixel_values, image_flags, hd_input_ids, hd_attention_mask)
-        for layer in self.language_model.model.layers:
-            x = layer(x, lengths)
-        logits = self.language_model.output(self.language_model.model.norm(x))
+        logits = self.language_model.output(self.read(x, lengths))
         if order is None or lengths is None:
             return logits
         real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
@@ -161,6 +167,15 @@ class MMMamba(nn.Module):
             )
             x = self._assemble(ids, lengths, hd_input_ids, hd_lengths, hidden)
         return self.normalize(x)
+
+    def read(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The language half over `embed`'s output, final norm included: what the head is given.
+
+        (batch, seq, hidden) -> (batch, seq, hidden), right-padded.
+        """
+        for layer in self.language_model.model.layers:
+            x = self._through(layer, x, lengths)  # pyright: ignore[reportArgumentType]
+        return self.language_model.model.norm(x)
 
     # --- with a state ---------------------------------------------------------------------------
 
@@ -259,8 +274,15 @@ class MMMamba(nn.Module):
     def encode(self, x: Tensor, lengths: Tensor | None, state: DecoderState | None) -> Tensor:
         """The embedding layers: (batch, seq, hidden) -> (batch, seq, hidden)."""
         for i, layer in enumerate(self.embedding_model.encoder):
-            x = layer(x, lengths, None if state is None else state.layers[i])
+            x = self._through(layer, x, lengths, None if state is None else state.layers[i])  # pyright: ignore[reportArgumentType]
         return x
+
+    def _through(
+        self, layer: DecoderLayer, x: Tensor, lengths: Tensor | None, state=None
+    ) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, x, lengths, state, use_reentrant=False)
+        return layer(x, lengths, state)
 
     def _shuffle(self, patches: Tensor) -> Tensor:
         """(tiles, patches, hidden) -> (tiles, tokens_per_tile, hidden)."""

@@ -71,8 +71,9 @@ class Mamba2Mixer(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None
-    ) -> Tensor:
+        self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None,
+        *, heads_only: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Mix along the sequence; a given state is read and then updated.
 
         Args:
@@ -80,11 +81,13 @@ class Mamba2Mixer(nn.Module):
             lengths: (batch,) real tokens of each row; None: all of them. Padding never touches
                 the state.
             state: where to go on from; None: from zeros, and nothing is kept.
+            heads_only: leave the output projection out.
 
         Returns:
             (batch, seq, hidden).
         """
-        return self.o_proj(self.heads(x, lengths, state).flatten(2))
+        y = self.heads(x, lengths, state).flatten(2)
+        return y if heads_only else self.o_proj(y)
 
     def heads(
         self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None

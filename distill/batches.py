@@ -1,0 +1,88 @@
+"""What training stages read: batches of rows, and where a source of them goes on after a kill."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mmmamba_edge.config import IMAGE_MEAN, IMAGE_STD
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, right-padded to a common length.
+
+    Attributes:
+        ids: (rows, seq) int64.
+        lengths: (rows,) int64, real tokens of each row; at least 1.
+        weights: (rows, seq) float32, how much each position counts in the loss; 0 at padding.
+        pixel_values: (tiles, 3, height, width), tiles of the whole batch in reading order: float32,
+            normalised, or uint8, which `to` normalises on the device; None without pictures.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    weights: Tensor
+    pixel_values: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device, its pixels normalised."""
+        pixels = self.pixel_values
+        if pixels is not None:
+            pixels = pixels.to(device, non_blocking=True)
+            if pixels.dtype == torch.uint8:
+                mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD]).view(2, 3, 1, 1).to(device)
+                pixels = (pixels.float() / 255 - mean) / std
+        return replace(
+            self,
+            ids=self.ids.to(device, non_blocking=True),
+            lengths=self.lengths.to(device, non_blocking=True),
+            weights=self.weights.to(device, non_blocking=True),
+            pixel_values=pixels,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one optimiser step reads in this process.
+
+    Attributes:
+        micro: forward and backward run once for each; never empty.
+        position: JSON; given back to `Source.steps`, the source goes on with the next step.
+        skipped: bad rows met since the step before, in words.
+    """
+
+    micro: list[Batch]
+    position: dict
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each global batch this process reads.
+
+    Attributes:
+        rows: of the global batch of one optimiser step, over all processes.
+        micro_rows: at most so many go through the model at once.
+        rank, world: this process's number, and how many there are; `rows` is divisible by `world`.
+    """
+
+    rows: int
+    micro_rows: int
+    rank: int = 0
+    world: int = 1
+
+
+class Source(Protocol):
+    """An endless supply of steps, the same rows in the same global batches for any `world`."""
+
+    def steps(self, position: dict | None, share: Share) -> Iterator[StepBatches]:
+        """Steps from `position` on; None: from the beginning."""
+        ...

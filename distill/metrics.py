@@ -1,0 +1,124 @@
+"""What a run says of itself: a line on the terminal, JSONL beside the progress, TensorBoard."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_edge.distill.engine import Engine
+
+
+class Metrics:
+    """Means since the last line, in this process and over all.
+
+    Args:
+        out: folder; `metrics.jsonl` and `tensorboard/` go there, from the main process.
+        title: of the line.
+        engine: device and processes.
+        steps: of the whole stage.
+        start: steps done before.
+    """
+
+    def __init__(self, out: Path, title: str, engine: Engine, steps: int, start: int) -> None:
+        self.engine, self.title, self.steps, self.start = engine, title, steps, start
+        self._began = self._tick = time.perf_counter()
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._tokens = self._logged = 0
+        self._file = self._board = None
+        if engine.is_main:
+            self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = _board(out / "tensorboard")
+
+    def count(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
+        """One step of this process; nothing waits for the device."""
+        self._losses.append(loss)
+        self._norms.append(norm)
+        self._tokens += tokens
+
+    def log(self, step: int, rate: float) -> float:
+        """Write a line; returns the mean loss over all processes since the line before."""
+        loss = float(self.engine.total(torch.stack(self._losses).mean()))
+        norm = float(torch.stack(self._norms).mean())
+        tokens = float(self.engine.total(self._tokens))
+        now = time.perf_counter()
+        speed = tokens / (now - self._tick)
+        left = (now - self._began) / (step - self.start) * (self.steps - step)
+        self._tick, self._tokens = now, 0
+        self._losses.clear()
+        self._norms.clear()
+        memory = _memory(self.engine.device)
+        self._write(
+            {
+                "step": step, "loss": loss, "lr": rate, "grad_norm": norm,
+                "tokens_per_s": round(speed, 1), "memory_gib": round(memory, 3),
+                "seconds": round(now - self._began, 2),
+            }
+        )  # fmt: skip
+        self._say(
+            f"{self.title} {step}/{self.steps}  loss {loss:.5g}  lr {rate:.2g}  "
+            f"{speed:,.0f} tokens/s  {memory:.2f} GiB  {_clock(left)} left"
+        )
+        return loss
+
+    def validation(self, step: int, loss: float) -> None:
+        """The loss on held-out rows."""
+        self._write({"step": step, "validation_loss": loss})
+        self._say(f"{self.title} {step}/{self.steps}  validation loss {loss:.5g}", stay=True)
+
+    def skipped(self, rows: tuple[str, ...]) -> None:
+        """Rows of the data that could not be used, one line each."""
+        for row in rows:
+            self._write({"skipped": row})
+            self._say(f"skipped {row}", stay=True)
+
+    def close(self) -> None:
+        """End the line, close the files."""
+        if self._file:
+            self._file.close()
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+        if self._board:
+            self._board.close()
+
+    def _write(self, row: dict) -> None:
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        if self._board and "step" in row:
+            for key, value in row.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, row["step"])
+
+    def _say(self, line: str, *, stay: bool = False) -> None:
+        if not self.engine.is_main:
+            return
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="\n" if stay else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _board(folder: Path):
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:  # TensorBoard is for looking at; the JSONL has it all
+        return None
+    return SummaryWriter(str(folder))
+
+
+def _memory(device: torch.device) -> float:
+    """Peak memory in GiB: of the device, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _clock(seconds: float) -> str:
+    minutes, hours = int(seconds / 60) % 60, int(seconds / 3600)
+    return f"{hours}:{minutes:02d}:{int(seconds) % 60:02d}"

@@ -1,0 +1,389 @@
+"""`mmmamba-edge distill`: the stages chain, learn what they should, resume, and stop cleanly."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import distilling
+from mmmamba_edge.cli import main
+from mmmamba_edge.distill.distill_recipe import INHERITED, NEW, STEPS
+from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
+from mmmamba_edge.model.tensor_names import layer_prefix, mixer_shapes
+
+
+def distill(recipe, out, *more):
+    return main(["distill", str(recipe), "--out", str(out), "--device", "cpu", *more])
+
+
+def rows(folder, key="loss"):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for line in lines if key in (row := json.loads(line))]
+
+
+def losses(folder, key="loss"):
+    return torch.tensor([row[key] for row in rows(folder, key)])
+
+
+def mixers(checkpoint):
+    """{layer: {tensor: values}} of a checkpoint folder's Mamba-2 layers."""
+    file = open_checkpoint(checkpoint)
+    return {
+        layer: {
+            name: file.get(f"{layer_prefix(file.config, layer)}attention.{name}")
+            for name in mixer_shapes(file.config, layer)
+        }
+        for layer, kind in enumerate(file.config.layer_types)
+        if kind == "mamba2"
+    }
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    """A finished run of all stages without attention; returns (recipe, run folder)."""
+    folder = tmp_path_factory.mktemp("linear")
+    recipe = distilling.make(folder)
+    assert distill(recipe, folder / "run") == 0
+    return recipe, folder / "run"
+
+
+def test_stages_chain_and_learn(linear):
+    recipe, run = linear
+    for number, steps in ((1, 8), (2, 6), (3, 6)):
+        logged = rows(run / f"stage{number}")
+        assert [row["step"] for row in logged] == list(range(1, steps + 1))
+        held_out = [
+            row["validation_loss"] for row in rows(run / f"stage{number}", "validation_loss")
+        ]
+        assert held_out[-1] < held_out[0]
+        assert {"loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "seconds"} <= set(
+            logged[0]
+        )
+    model = load_model(run / "stage3" / "checkpoint")
+    assert model.config.variant == "linear"
+    assert torch.isfinite(model(torch.tensor([[11, 12, 13]])).float()).all()
+
+
+def test_each_stage_trains_its_set_and_saves_every_mixer_tensor(linear):
+    """spec 9.1: the original lost dt_bias and A_log_bias after stage 3; 9.15: it stepped on
+    DeepSpeed alone."""
+    recipe, run = linear
+    seeded = recipe.parent / "seeded"
+    main(["seed", str(recipe.parent / "teacher"), "--out", str(seeded)])
+    before = mixers(seeded)
+    learns = {1: set(NEW), 2: {*NEW, *INHERITED}, 3: {*NEW, *INHERITED} - set(STEPS)}
+    for number in (1, 2, 3):
+        after = mixers(run / f"stage{number}" / "checkpoint")
+        assert after.keys() == before.keys() == set(range(4))
+        for layer, tensors in after.items():
+            for name, tensor in tensors.items():
+                was = before[layer][name].to(tensor.dtype)
+                assert torch.equal(tensor, was) == (name not in learns[number]), (number, name)
+        before = after
+
+
+def test_nothing_of_the_teacher_learns(linear):
+    """spec 9.3: the original's shadow weights could be trained along with the student's."""
+    recipe, run = linear
+    teacher, student = (
+        open_checkpoint(f) for f in (recipe.parent / "teacher", run / "stage3/checkpoint")
+    )
+    ours = {name for name in student.names() if ".attention." in name}
+    for name in set(student.names()) - ours:
+        assert torch.equal(student.get(name), teacher.get(name).bfloat16()), name
+    for layer in range(4):
+        prefix = f"{layer_prefix(student.config, layer)}attention."
+        assert torch.equal(
+            student.get(f"{prefix}o_proj.weight"), teacher.get(f"{prefix}wo.weight").bfloat16()
+        )
+
+
+def test_hybrid_keeps_the_teachers_attention(tmp_path):
+    recipe = distilling.make(tmp_path, attention='"head-interleaved 2"')
+    assert distill(recipe, tmp_path / "run") == 0
+    assert open_checkpoint(tmp_path / "run/stage2/checkpoint").config.variant == "linear"
+    student = open_checkpoint(tmp_path / "run/stage3/checkpoint")
+    kinds = ("attention", "mamba2", "attention", "mamba2")
+    assert student.config.layer_types == kinds
+    teacher = open_checkpoint(tmp_path / "teacher")
+    name = "language_model.model.layers.0.attention.wqkv.weight"
+    assert torch.equal(student.get(name), teacher.get(name).bfloat16())
+
+
+def test_stages_can_be_left_out_and_run_alone(tmp_path, capsys):
+    recipe = distilling.make(tmp_path, stages="stages = [1, 3]")
+    assert distill(recipe, tmp_path / "run", "--stage", "3") == 2
+    assert "stage 1 is not finished there" in capsys.readouterr().err
+    assert distill(recipe, tmp_path / "run", "--stage", "1") == 0
+    assert distill(recipe, tmp_path / "run", "--stage", "3") == 0
+    assert distill(recipe, tmp_path / "run", "--stage", "2", "--resume") == 2
+    assert "the recipe has stages [1, 3]" in capsys.readouterr().err
+    first, last = (mixers(tmp_path / f"run/stage{n}/checkpoint") for n in (1, 3))
+    assert torch.equal(first[0]["dt_bias"].bfloat16(), last[0]["dt_bias"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["stage1.match=output", "stage1.train=['in_proj.weight', 'o_proj.weight']"],
+        ["stage1.relative=true", "stage1.layers=student"],
+        ["stage3.topk=5", "stage3.tau=2.0"],
+        ["stage3.recompute=true", "data.positions=answers"],
+        ["student.inherit=false", "student.mimic=false"],
+        ["engine.bf16=true"],
+        ["engine.teacher_bits=8"],
+        ["engine.teacher_bits=4", "engine.optimizer=adamw8bit"],
+    ],
+)
+def test_options_run_and_learn(tmp_path, change):
+    recipe = distilling.make(tmp_path)
+    sets = [part for text in change for part in ("--set", text)]
+    assert distill(recipe, tmp_path / "run", *sets) == 0
+    for number in (1, 2, 3):
+        held_out = [
+            r["validation_loss"] for r in rows(tmp_path / f"run/stage{number}", "validation_loss")
+        ]
+        assert held_out[-1] < held_out[0], number
+
+
+def test_frozen_layers_are_rounded_and_checkpoints_are_not(tmp_path):
+    from mmmamba_edge.distill.frozen_bits import quantize_layers
+
+    recipe = distilling.make(tmp_path)
+    model = load_model(tmp_path / "teacher")
+    ids = torch.tensor([[11, 12, 13, 14]])
+    with torch.no_grad():
+        plain = model(ids)
+        errors = []
+        for bits in (8, 4):
+            rounded = load_model(tmp_path / "teacher")
+            quantize_layers(rounded, bits)
+            errors.append(float((rounded.to("cpu")(ids) - plain).norm() / plain.norm()))
+    assert 0 < errors[0] < 0.02 < errors[1] < 0.5
+    assert distill(recipe, tmp_path / "run", "--set", "engine.teacher_bits=4") == 0
+    teacher = open_checkpoint(tmp_path / "teacher")
+    student = open_checkpoint(tmp_path / "run/stage3/checkpoint")
+    name = "language_model.model.layers.1.feed_forward.w2.weight"
+    assert torch.equal(student.get(name), teacher.get(name).bfloat16())
+
+
+def test_recomputing_changes_nothing(linear):
+    recipe, run = linear
+    out = run.parent / "recomputed"
+    assert distill(recipe, out, "--set", "stage3.recompute=true") == 0
+    ours, theirs = (mixers(f / "stage3/checkpoint") for f in (out, run))
+    for layer, tensors in ours.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, theirs[layer][name], msg=name)
+
+
+def test_the_teachers_answers_are_kept_on_disk(tmp_path, monkeypatch):
+    from mmmamba_edge.distill import logit_matching
+
+    recipe = distilling.make(tmp_path, stages="stages = [3]")
+    first = ["--set", "stage3.topk=5"]
+    assert distill(recipe, tmp_path / "run", *first) == 0
+    kept = list((tmp_path / "run/teacher").glob("*.safetensors"))
+    assert len(kept) == 6 + 8  # training steps, validation batches
+    (tmp_path / "again").mkdir()
+    (tmp_path / "run/teacher").rename(tmp_path / "again/teacher")
+    monkeypatch.setattr(logit_matching, "teacher_topk", None)  # would be called
+    assert distill(recipe, tmp_path / "again", *first) == 0
+    assert torch.equal(losses(tmp_path / "run/stage3"), losses(tmp_path / "again/stage3"))
+
+
+# --- killed, resumed, spread over processes ------------------------------------------------------
+
+SLOW = """
+import sys, time
+from mmmamba_edge.distill import training
+from mmmamba_edge.cli import main
+plain = training.optimise
+training.optimise = lambda *args: (time.sleep(0.1), plain(*args))[1]
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, wait", [("stage1", 4), ("stage3", 3)])
+def test_kill_9_and_resume_is_bit_for_bit(linear, tmp_path, stage, wait):
+    recipe, whole = linear
+    out = tmp_path / "run"
+    args = ["distill", str(recipe), "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *args], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    log = out / stage / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if log.is_file() and len(rows(log.parent)) >= wait:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / stage / "checkpoint").exists()
+    assert distill(recipe, out, "--resume") == 0
+    for number in (1, 2, 3):
+        ours, theirs = (mixers(f / f"stage{number}/checkpoint") for f in (out, whole))
+        for layer, tensors in ours.items():
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, theirs[layer][name]), (number, layer, name)
+
+
+def test_8_bit_adamw_resumes_bit_for_bit(tmp_path, monkeypatch):
+    from mmmamba_edge.distill import training
+
+    recipe = distilling.make(tmp_path, stages="stages = [1]")
+    more = ("--set", "engine.optimizer=adamw8bit")
+    assert distill(recipe, tmp_path / "whole", *more) == 0
+    plain = training.save_progress
+
+    def save_then_die(*args, **named):
+        plain(*args, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_progress", save_then_die)
+        assert distill(recipe, tmp_path / "run", *more) == 130
+    assert distill(recipe, tmp_path / "run", "--resume", *more) == 0
+    ours, theirs = (mixers(tmp_path / f"{run}/stage1/checkpoint") for run in ("run", "whole"))
+    assert all(torch.equal(ours[i][name], theirs[i][name]) for i in ours for name in ours[i])
+
+
+def launched(recipe, out, launcher, *more):
+    """`distill` in two processes, started as users would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {
+        "torch.distributed.run": ["--nproc-per-node", "2", "--master-port", port],
+        "accelerate.commands.launch": [
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            port,
+            "--cpu",
+        ],
+    }[launcher]
+    command = [sys.executable, "-m", launcher, *where]
+    command += ["-m", "mmmamba_edge", "distill", str(recipe), "--out", str(out), "--device", "cpu"]
+    command += more
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "more"),
+    [
+        ("torch.distributed.run", ()),
+        ("torch.distributed.run", ("--set", "engine.shard=true")),
+        ("accelerate.commands.launch", ()),
+    ],
+    ids=["torchrun", "fsdp2", "accelerate"],
+)
+def test_two_processes_train_as_one(linear, tmp_path, launcher, more):
+    """gloo, the same global batch: one loss curve, whatever the number of processes."""
+    recipe, whole = linear
+    launched(recipe, tmp_path / "run", launcher, *more)
+    for number in (1, 2, 3):
+        ours, theirs = (losses(run / f"stage{number}") for run in (tmp_path / "run", whole))
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def test_a_run_is_not_overwritten_or_mixed(linear, capsys):
+    recipe, run = linear
+    assert distill(recipe, run) == 2
+    assert "a run is there; --resume goes on with it" in capsys.readouterr().err
+    (run / "stage3/checkpoint").rename(run / "stage3/aside")
+    try:
+        assert distill(recipe, run, "--resume", "--set", "stage3.lr=1.0") == 2
+        message = capsys.readouterr().err
+        assert re.search(r"the run there has stage3 lr = 0.003, the recipe lr = 1.0", message)
+    finally:
+        (run / "stage3/aside").rename(run / "stage3/checkpoint")
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(
+    tmp_path, capsys, monkeypatch
+):
+    from mmmamba_edge.distill.layer_matching import LayerMatching
+
+    recipe = distilling.make(tmp_path)
+    plain, calls = LayerMatching.backward, []
+
+    def breaks(self, batch, factor):
+        calls.append(1)
+        return plain(self, batch, factor) * (float("nan") if len(calls) > 10 else 1.0)
+
+    monkeypatch.setattr(LayerMatching, "backward", breaks)
+    assert distill(recipe, tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert "the loss is nan at step 6" in message
+    assert "stage1/progress.safetensors, of step 3; --resume goes on there" in message
+    monkeypatch.undo()
+    assert distill(recipe, tmp_path / "run", "--resume") == 0
+
+
+def test_a_full_disk_stops_with_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    from mmmamba_edge.distill import progress
+
+    recipe = distilling.make(tmp_path)
+    plain, calls = progress.save_file, []
+
+    def full(tensors, path, metadata):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        plain(tensors, path, metadata)
+
+    monkeypatch.setattr(progress, "save_file", full)
+    assert distill(recipe, tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and "of step 3; --resume goes on there" in message
+    assert not list((tmp_path / "run/stage1").glob(".mmmamba-*"))
+    monkeypatch.undo()
+    assert distill(recipe, tmp_path / "run", "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("student.attention_layers=[9]", r"attention layers \[9\] do not exist"),
+        ("student.attention_layers=head-interleaved 3", "must be a divisor of 4"),
+        ("student.attention_layers=checkered 2", "head-interleaved"),
+        ("stage1.train=['w']", "train: unknown w; known are A_log_bias"),
+        ("stage1.steps=0", "steps must be at least 1"),
+        ("stage1.steps=3", "warmup 2 and decay 2 are longer than steps 3"),
+        ("stage1.colour=1", r"\[stage1\]: unknown key colour"),
+        ("stage2.lr=fast", "lr = 'fast': expected float"),
+        ("engine.teacher_bits=5", "teacher_bits must be one of 16, 8, 4"),
+        ("data.kind=rows", "kind must be one of conversations, scenes"),
+        ("data.count=99", "48 scenes there, 99 asked for"),
+        ("validation.folder=scenes", "is the training data; hold other rows out"),
+        ("stages=[2, 1]", "each once, in rising order"),
+        ("teacher=nowhere", "nowhere"),
+    ],
+)
+def test_bad_recipes(tmp_path, capsys, change, message):
+    recipe = distilling.make(tmp_path)
+    assert distill(recipe, tmp_path / "run", "--set", change) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.glob("run/stage*/progress*"))
+
+
+def test_a_student_is_no_teacher(linear, capsys):
+    recipe, run = linear
+    student = run / "stage3" / "checkpoint"
+    assert distill(recipe, run.parent / "x", "--teacher", str(student)) == 2
+    assert "a linear model; distillation needs a teacher" in capsys.readouterr().err
