@@ -40,8 +40,9 @@ def match_layers(
     train_only(mixers, config.train)
     share_output_projection(run.teacher, mixers)
     stage = LayerMatching(
-        run.teacher, mixers, run.engine, match=config.match, relative=config.relative
-    )
+        run.teacher, mixers, run.engine, match=config.match, relative=config.relative,
+        compiled=run.recipe.engine.compile,
+    )  # fmt: skip
     try:
         train(
             stage, run.source, run.engine, config, folder, f"stage {number}",
@@ -84,16 +85,19 @@ class LayerMatching:
         engine: where it runs.
         match: what of a layer is compared.
         relative: whether each layer's error is divided by its target's mean square.
+        compiled: torch.compile the mixers.
     """
 
     def __init__(
         self, teacher: MMMamba, mixers: Mapping[int, Mamba2Mixer], engine: Engine,
-        *, match: Match = "heads", relative: bool = False,
+        *, match: Match = "heads", relative: bool = False, compiled: bool = False,
     ) -> None:  # fmt: skip
         self.teacher, self.mixers, self.engine = teacher, mixers, engine
         self._match: Match = match
         layers = sorted(mixers)
         units = [MatchedMixer(mixers[i], match, relative) for i in layers]
+        for unit in units if compiled else ():
+            unit.compile()
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
         self._weights: Tensor | None = None

@@ -50,16 +50,20 @@ class LogitMatching:
         tau: temperature of both distributions.
         recompute: activation checkpointing, layer by layer.
         cache: keeps the teacher's answers on disk; None computes them anew every time.
+        compiled: torch.compile the student's layers.
     """
 
     def __init__(
         self, teacher: MMMamba, mixers: Mapping[int, Mamba2Mixer], engine: Engine,
         *, tau: float = 1.0, recompute: bool = False, cache: "TeacherCache | None" = None,
+        compiled: bool = False,
     ) -> None:  # fmt: skip
         self.teacher, self.mixers, self.engine = teacher, mixers, engine
         self._tau, self._cache = tau, cache
         student = assemble(teacher, mixers)
         student.recompute = recompute
+        for layer in student.layers if compiled else ():
+            layer.compile()
         self.units = [engine.wrap(StudentReader(student, tau))]
 
     def backward(self, batch: Batch, factor: Tensor | float) -> Tensor:

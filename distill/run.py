@@ -64,6 +64,10 @@ class Run:
     out: Path
     resume: bool
 
+    def folder(self, number: int) -> Path:
+        """Where a stage's files go."""
+        return self.out / f"stage{number}"
+
     @property
     def kept(self) -> set[int]:
         """Layers that stay attention in the student."""
@@ -79,7 +83,7 @@ class Run:
 
     def begin(self, number: int) -> Path:
         """The stage's folder, checked against what it holds already."""
-        folder = self.out / f"stage{number}"
+        folder = self.folder(number)
         facts = {
             "teacher": str(self.recipe.teacher.resolve()),
             **{
@@ -100,7 +104,7 @@ class Run:
 
     def finished(self, number: int) -> Checkpoint | None:
         """The checkpoint of a stage that is through, if it is."""
-        folder = self.out / f"stage{number}" / "checkpoint"
+        folder = self.folder(number) / "checkpoint"
         return open_checkpoint(folder) if folder.is_dir() else None
 
     def finish(self, number: int, mixers: Mapping[int, Mamba2Mixer]) -> Checkpoint:
@@ -108,7 +112,7 @@ class Run:
 
         Between stages mixers are kept in float32, else a stage would begin from rounded weights.
         """
-        folder = self.out / f"stage{number}" / "checkpoint"
+        folder = self.folder(number) / "checkpoint"
         last = number == self.recipe.stages[-1]
         total = len(self.teacher.layers)
         config = self.file.config.with_attention_layers(set(range(total)) - set(mixers))

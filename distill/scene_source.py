@@ -51,17 +51,18 @@ class SceneSource:
         return self._orders[epoch][place]
 
     def _batch(self, picks: np.ndarray) -> Batch:
+        # Not cut to the longest row: rows fill the cache's length anyway, and compiled code likes
+        # one shape.
         rows = self.cache.rows(picks)
         real = rows.ids != PAD
         lengths = real.sum(1)
         weights = real.astype(np.float32)
         if self.answers_only:
             weights[:, :-1], weights[:, -1] = rows.mask[:, 1:], 0.0
-        longest = int(lengths.max())
         images = rows.images[rows.has_image].transpose(0, 3, 1, 2)
         return Batch(
-            torch.from_numpy(rows.ids[:, :longest].astype(np.int64)),
+            torch.from_numpy(rows.ids.astype(np.int64)),
             torch.from_numpy(lengths.astype(np.int64)),
-            torch.from_numpy(weights[:, :longest]),
+            torch.from_numpy(weights),
             torch.from_numpy(np.ascontiguousarray(images)) if len(images) else None,
         )

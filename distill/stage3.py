@@ -24,8 +24,9 @@ def run_stage(run: Run, start: Checkpoint | None) -> Checkpoint:
         identity = f"{run.file.weights_id()} tau {config.tau}"
         cache = TeacherCache(run.out / "teacher", config.topk, identity)
     stage = LogitMatching(
-        run.teacher, mixers, run.engine, tau=config.tau, recompute=config.recompute, cache=cache
-    )
+        run.teacher, mixers, run.engine, tau=config.tau, recompute=config.recompute, cache=cache,
+        compiled=run.recipe.engine.compile,
+    )  # fmt: skip
     train(
         stage, run.source, run.engine, config, folder, "stage 3",
         kind=run.recipe.engine, validation=run.validation,

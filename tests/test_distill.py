@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,6 +152,17 @@ def test_options_run_and_learn(tmp_path, change):
             r["validation_loss"] for r in rows(tmp_path / f"run/stage{number}", "validation_loss")
         ]
         assert held_out[-1] < held_out[0], number
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_a_compiled_stage_learns_the_same(linear, tmp_path):
+    recipe, whole = linear
+    more = ("--stage", "1", "--set", "engine.compile=true")
+    assert distill(recipe, tmp_path / "run", *more) == 0
+    ours, theirs = (losses(run / "stage1") for run in (tmp_path / "run", whole))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
 
 
 def test_frozen_layers_are_rounded_and_checkpoints_are_not(tmp_path):

@@ -557,10 +557,12 @@ def test_cells_are_in_the_order_of_image_tokens():
     dark = torch.zeros(1, 3, 112, 112)
     with torch.inference_mode():
         plain = model.image_vectors(dark)
-        for cell in (0, 1, 7, 12, 48):
-            y, x = cell // 7 * 16, cell % 7 * 16
+        side = round(config.tokens_per_tile**0.5)
+        pitch = 112 // side
+        for cell in (0, 1, side, side + 5, side**2 - 1):
+            y, x = cell // side * pitch, cell % side * pitch
             bright = dark.clone()
-            bright[..., y : y + 16, x : x + 16] = 1.0
+            bright[..., y : y + pitch, x : x + pitch] = 1.0
             changed = (model.image_vectors(bright) - plain).abs().sum(-1).flatten()
             assert changed.nonzero().flatten().tolist() == [cell]
 
