@@ -21,8 +21,8 @@ from mmmamba_edge.session import Session
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 ABOUT_DEFAULT = (
-    "It is small: ask it which everyday objects and shapes are in a drawn picture, their colour, how\n"
-    "many, where; or to read a short word. It knows no photographs (README). /image lists samples."
+    "It is small: ask it which objects and shapes a drawn picture shows, their colour, how many,\n"
+    "where; or to read a short word. It knows no photographs (README). /image lists samples."
 )
 
 
