@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine(args.device, bf16=recipe.engine.bf16, shard=recipe.engine.shard)
     stages = {1: stage1.run_stage, 2: stage2.run_stage, 3: stage3.run_stage}
     wanted = recipe.stages if args.stage == "all" else (int(args.stage),)
-    if set(wanted) - set(recipe.stages):
+    if not wanted or set(wanted) - set(recipe.stages):
         raise UserError(f"--stage {args.stage}: the recipe has stages {list(recipe.stages)}")
     try:
         whole = open_run(recipe, engine, args.out, resume=args.resume)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mmmamba_edge.distill.tables import read_table, read_toml
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.recompute import Recompute
 
 # Names of mixer tensors (tensor_names.mixer_shapes).
 NEW = (
@@ -96,7 +97,8 @@ class LogitsConfig(StageConfig):
 
     Attributes:
         tau: temperature.
-        recompute: activation checkpointing.
+        recompute: activation checkpointing: "layers" (all but each layer's input), "cheap" (what
+            lies between projections: faster, where the memory is there) or "nothing".
         topk: the teacher's likeliest tokens kept on disk at each position; 0: nothing is kept and
             the whole distribution counts.
     """
@@ -109,7 +111,7 @@ class LogitsConfig(StageConfig):
     decay: int = 2_000
     train: tuple[str, ...] = (*(n for n in NEW if n not in STEPS), *INHERITED)
     tau: float = 1.0
-    recompute: bool = False
+    recompute: Recompute = "layers"
     topk: int = 0
 
 
@@ -232,19 +234,24 @@ def read_distill_recipe(path: Path, overrides: Mapping[str, str] | None = None) 
     tables = read_toml(path)
     for key, text in (overrides or {}).items():
         _override(tables, key, text)
+    return recipe_of_tables(tables, str(path), path.parent)
+
+
+def recipe_of_tables(tables: dict[str, Any], where: str, base: Path) -> Recipe:
+    """A recipe of TOML's tables; `where` names them in errors, paths are relative to `base`."""
     for name in ("data", "validation"):
         if name in tables:
-            tables[name] = _data(tables[name], f"{path} [{name}]", path.parent)
+            tables[name] = _data(tables[name], f"{where} [{name}]", base)
     if "teacher" in tables:
-        tables["teacher"] = path.parent / str(tables["teacher"])
+        tables["teacher"] = base / str(tables["teacher"])
     for name, kind in _TABLES.items():
         if name in tables:
-            tables[name] = read_table(kind, tables[name], f"{path} [{name}]")
-    recipe = read_table(Recipe, tables, str(path))
-    if not recipe.stages or set(recipe.stages) - {1, 2, 3}:
-        raise UserError(f"{path}: stages {list(recipe.stages)}: expected some of 1, 2, 3")
+            tables[name] = read_table(kind, tables[name], f"{where} [{name}]")
+    recipe = read_table(Recipe, tables, where)
+    if set(recipe.stages) - {1, 2, 3}:
+        raise UserError(f"{where}: stages {list(recipe.stages)}: expected some of 1, 2, 3")
     if list(recipe.stages) != sorted(set(recipe.stages)):
-        raise UserError(f"{path}: stages {list(recipe.stages)}: each once, in rising order")
+        raise UserError(f"{where}: stages {list(recipe.stages)}: each once, in rising order")
     return recipe
 
 

@@ -14,6 +14,7 @@ from mmmamba_edge.distill.losses import TopK, logits_kl, teacher_topk, topk_kl
 from mmmamba_edge.distill.student import assemble
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.mixer import Mamba2Mixer
+from mmmamba_edge.model.recompute import Recompute
 from mmmamba_edge.whole import new_file
 
 
@@ -48,20 +49,20 @@ class LogitMatching:
         mixers: to train, by layer; the layers that are missing stay attention.
         engine: where it runs.
         tau: temperature of both distributions.
-        recompute: activation checkpointing, layer by layer.
+        recompute: what the backward pass computes again rather than keeps.
         cache: keeps the teacher's answers on disk; None computes them anew every time.
         compiled: torch.compile the student's layers.
     """
 
     def __init__(
         self, teacher: MMMamba, mixers: Mapping[int, Mamba2Mixer], engine: Engine,
-        *, tau: float = 1.0, recompute: bool = False, cache: "TeacherCache | None" = None,
+        *, tau: float = 1.0, recompute: Recompute = "nothing", cache: "TeacherCache | None" = None,
         compiled: bool = False,
     ) -> None:  # fmt: skip
         self.teacher, self.mixers, self.engine = teacher, mixers, engine
         self._tau, self._cache = tau, cache
         student = assemble(teacher, mixers)
-        student.recompute = recompute
+        student.recompute(recompute)
         for layer in student.layers if compiled else ():
             layer.compile()
         self.units = [engine.wrap(StudentReader(student, tau))]

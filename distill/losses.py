@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-# Elements of one (tokens, vocabulary) piece in float32; three such pieces are alive at a time.
-PIECE = 1 << 25
+# Elements of one (tokens, vocabulary) piece in float32, of which a few are alive at a time. On CUDA
+# a smaller one would spend its time reading the head's weights.
+PIECE = {"cuda": 1 << 25, "cpu": 1 << 22}
 
 
 def matching_error(
@@ -50,7 +51,7 @@ class TopK(NamedTuple):
 
 def logits_kl(
     hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, weights: Tensor,
-    *, tau: float = 1.0, piece: int = PIECE,
+    *, tau: float = 1.0, piece: int | None = None,
 ) -> Tensor:  # fmt: skip
     """KL(teacher || student) of next tokens times tau^2, summed over tokens by weight (spec 6.3).
 
@@ -60,7 +61,7 @@ def logits_kl(
         teacher_hidden, teacher_head: likewise, without gradients. The widths may differ.
         weights: (n,) float32.
         tau: temperature of both softmaxes.
-        piece: elements of the largest (tokens, vocab) piece.
+        piece: elements of the largest (tokens, vocab) piece; None: what suits the device.
     """
     teacher = (teacher_hidden.detach(), teacher_head.detach())
     return _HeadKL.apply(hidden, head, weights, tau, piece, *teacher)  # pyright: ignore
@@ -68,7 +69,7 @@ def logits_kl(
 
 def topk_kl(
     hidden: Tensor, head: Tensor, teacher: TopK, weights: Tensor,
-    *, tau: float = 1.0, piece: int = PIECE,
+    *, tau: float = 1.0, piece: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`logits_kl` against a stored teacher, over its k likeliest tokens and the rest as one."""
     return _HeadKL.apply(hidden, head, weights, tau, piece, *teacher)  # pyright: ignore
@@ -76,7 +77,7 @@ def topk_kl(
 
 @torch.no_grad()
 def teacher_topk(
-    hidden: Tensor, head: Tensor, k: int, *, tau: float = 1.0, piece: int = PIECE
+    hidden: Tensor, head: Tensor, k: int, *, tau: float = 1.0, piece: int | None = None
 ) -> TopK:
     """The teacher's k likeliest next tokens for each row of `hidden` (n, hidden)."""
     indices, logprobs = [], []
@@ -92,8 +93,8 @@ class _HeadKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, head: Tensor, weights: Tensor, tau: float, piece: int,
-        teacher: Tensor, teacher_part: Tensor,
+        ctx: FunctionCtx, hidden: Tensor, head: Tensor, weights: Tensor, tau: float,
+        piece: int | None, teacher: Tensor, teacher_part: Tensor,
     ) -> Tensor:  # fmt: skip
         stored = not teacher.is_floating_point()  # TopK's indices and logprobs
         for_hidden, for_head = ctx.needs_input_grad[:2]  # pyright: ignore
@@ -133,9 +134,9 @@ class _HeadKL(torch.autograd.Function):
 
 
 def _against_all(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL per token of log-probabilities, and p_S - p_T; overwrites `student`."""
+    """KL per token of log-probabilities, and p_S - p_T; overwrites both."""
     likely = teacher.exp()
-    kl = (likely * (teacher - student)).sum(-1)
+    kl = teacher.sub_(student).mul_(likely).sum(-1)
     return kl, student.exp_().sub_(likely)
 
 
@@ -169,5 +170,5 @@ def _product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
     return half[0] if half else torch.promote_types(hidden.dtype, head.dtype)
 
 
-def _tokens_at_a_time(head: Tensor, piece: int) -> int:
-    return max(1, piece // len(head))
+def _tokens_at_a_time(head: Tensor, piece: int | None) -> int:
+    return max(1, (piece or PIECE.get(head.device.type, PIECE["cpu"])) // len(head))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,16 +82,16 @@ class Run:
         seeding = Seeding(asked.seed, asked.inherit, asked.mimic)
         return seeded_mixers(self.file, layers, seeding, self.engine.device)
 
+    def facts(self, number: int) -> dict[str, Any]:
+        """What a stage depends on: a run that goes on must agree with it."""
+        recipe = self.recipe.facts()
+        tables = ("student", "data", "validation", "engine", f"stage{number}", "stages")
+        teacher = str(self.recipe.teacher.resolve())
+        return {"teacher": teacher, **{key: recipe[key] for key in tables}}
+
     def begin(self, number: int) -> Path:
         """The stage's folder, checked against what it holds already."""
-        folder = self.folder(number)
-        facts = {
-            "teacher": str(self.recipe.teacher.resolve()),
-            **{
-                key: self.recipe.facts()[key]
-                for key in ("student", "data", "validation", "engine", f"stage{number}", "stages")
-            },
-        }
+        folder, facts = self.folder(number), self.facts(number)
         note = folder / "recipe.json"
         if note.is_file():
             _agree(note, facts, self.resume)

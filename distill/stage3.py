@@ -22,7 +22,7 @@ def run_stage(run: Run, start: Checkpoint | None) -> Checkpoint:
     cache = None
     if config.topk:
         identity = f"{run.file.weights_id()} tau {config.tau}"
-        cache = TeacherCache(run.out / "teacher", config.topk, identity)
+        cache = TeacherCache(run.out / "teacher-answers", config.topk, identity)
     stage = LogitMatching(
         run.teacher, mixers, run.engine, tau=config.tau, recompute=config.recompute, cache=cache,
         compiled=run.recipe.engine.compile,

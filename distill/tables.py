@@ -58,10 +58,14 @@ def _as(hint: Any, value: Any, key: str) -> Any:
         if value in typing.get_args(hint):
             return value
         raise ValueError(f"{key} must be one of {', '.join(map(str, typing.get_args(hint)))}")
+    elif origin is dict and isinstance(value, dict):
+        return value
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_as(typing.get_args(hint)[0], item, key) for item in value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    elif hint is type(None) and value is None:
+        return None
     elif hint is Path and isinstance(value, str | Path):
         return Path(value)
     elif (

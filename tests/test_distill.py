@@ -9,13 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import distilling
+import mmmamba_edge.distill
 from mmmamba_edge.cli import main
-from mmmamba_edge.distill.distill_recipe import INHERITED, NEW, STEPS
+from mmmamba_edge.distill.distill_recipe import INHERITED, NEW, STEPS, read_distill_recipe
+from mmmamba_edge.distill.scratch import from_scratch
+from mmmamba_edge.distill.student import attention_layers
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
 from mmmamba_edge.model.tensor_names import layer_prefix, mixer_shapes
 
@@ -136,7 +140,7 @@ def test_stages_can_be_left_out_and_run_alone(tmp_path, capsys):
         ["stage1.match=output", "stage1.train=['in_proj.weight', 'o_proj.weight']"],
         ["stage1.relative=true", "stage1.layers=student"],
         ["stage3.topk=5", "stage3.tau=2.0"],
-        ["stage3.recompute=true", "data.positions=answers"],
+        ["stage3.recompute=nothing", "data.positions=answers"],
         ["student.inherit=false", "student.mimic=false"],
         ["engine.bf16=true"],
         ["engine.teacher_bits=8"],
@@ -186,14 +190,45 @@ def test_frozen_layers_are_rounded_and_checkpoints_are_not(tmp_path):
     assert torch.equal(student.get(name), teacher.get(name).bfloat16())
 
 
-def test_recomputing_changes_nothing(linear):
+@pytest.mark.parametrize("what", ["nothing", "cheap"])
+def test_recomputing_changes_nothing(linear, tmp_path, what):
     recipe, run = linear
-    out = run.parent / "recomputed"
-    assert distill(recipe, out, "--set", "stage3.recompute=true") == 0
-    ours, theirs = (mixers(f / "stage3/checkpoint") for f in (out, run))
+    (tmp_path / "run").mkdir()
+    for number in (1, 2):
+        shutil.copytree(run / f"stage{number}", tmp_path / f"run/stage{number}")
+    assert (
+        distill(recipe, tmp_path / "run", "--stage", "3", "--set", f"stage3.recompute={what}") == 0
+    )
+    ours, theirs = (mixers(f / "stage3/checkpoint") for f in (tmp_path / "run", run))
     for layer, tensors in ours.items():
         for name, tensor in tensors.items():
-            torch.testing.assert_close(tensor, theirs[layer][name], msg=name)
+            assert torch.equal(tensor, theirs[layer][name]), (layer, name)
+
+
+@pytest.mark.parametrize("what", ["cheap", "layers"])
+def test_recomputing_keeps_less(what):
+    """Tensors kept for the backward pass: fewer bytes, the same gradients."""
+    torch.manual_seed(0)
+    model = from_scratch(distilling.config().with_attention_layers(set()))
+    ids = torch.randint(10, 40, (2, 70))
+
+    def kept_and_gradients():
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (sizes.setdefault(t.data_ptr(), t.nbytes), t)[1], lambda t: t
+        ):
+            loss = model(ids).square().mean()
+        model.zero_grad()
+        loss.backward()
+        return sum(sizes.values()), [p.grad for p in model.parameters() if p.grad is not None]
+
+    model.recompute("nothing")
+    before, want = kept_and_gradients()
+    want = [gradient.clone() for gradient in want]
+    model.recompute(what)
+    after, got = kept_and_gradients()
+    assert after < before * {"cheap": 0.75, "layers": 0.3}[what]
+    torch.testing.assert_close(got, want)
 
 
 def test_the_teachers_answers_are_kept_on_disk(tmp_path, monkeypatch):
@@ -202,10 +237,10 @@ def test_the_teachers_answers_are_kept_on_disk(tmp_path, monkeypatch):
     recipe = distilling.make(tmp_path, stages="stages = [3]")
     first = ["--set", "stage3.topk=5"]
     assert distill(recipe, tmp_path / "run", *first) == 0
-    kept = list((tmp_path / "run/teacher").glob("*.safetensors"))
+    kept = list((tmp_path / "run/teacher-answers").glob("*.safetensors"))
     assert len(kept) == 6 + 8  # training steps, validation batches
     (tmp_path / "again").mkdir()
-    (tmp_path / "run/teacher").rename(tmp_path / "again/teacher")
+    (tmp_path / "run/teacher-answers").rename(tmp_path / "again/teacher-answers")
     monkeypatch.setattr(logit_matching, "teacher_topk", None)  # would be called
     assert distill(recipe, tmp_path / "again", *first) == 0
     assert torch.equal(losses(tmp_path / "run/stage3"), losses(tmp_path / "again/stage3"))
@@ -366,6 +401,35 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint(tmp_path, capsys, monke
     assert not list((tmp_path / "run/stage1").glob(".mmmamba-*"))
     monkeypatch.undo()
     assert distill(recipe, tmp_path / "run", "--resume") == 0
+
+
+@pytest.mark.parametrize("name", ["linear", "hybrid"])
+def test_committed_recipes_are_the_papers(name):
+    folder = Path(mmmamba_edge.distill.__file__).parent / "recipes"
+    recipe = read_distill_recipe(folder / f"mmmamba-{name}.toml")
+    stages = [recipe.stage(number) for number in (1, 2, 3)]
+    assert [stage.lr for stage in stages] == [1e-3, 5e-4, 5e-5]
+    assert [(s.steps, s.batch, s.warmup, s.decay) for s in stages] == [
+        (20000, 128, 2000, 2000), (20000, 128, 2000, 2000), (20000, 64, 2000, 2000)
+    ]  # fmt: skip
+    assert {(s.clip, s.weight_decay) for s in stages} == {(5.0, 0.05)}
+    kept = attention_layers(recipe.student.attention_layers, 32)
+    assert kept == ({0, 4, 8, 12, 16, 20, 24, 28} if name == "hybrid" else set())
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"),
+    [
+        ("none", set()),
+        ("head-interleaved 2", {0, 4}),
+        ("tail-interleaved 2", {3, 7}),
+        ("head-stacked 3", {0, 1, 2}),
+        ("tail-stacked 3", {5, 6, 7}),
+        ((1, 6), {1, 6}),
+    ],
+)
+def test_attention_layers_by_name(choice, kept):
+    assert attention_layers(choice, 8) == kept
 
 
 @pytest.mark.parametrize(

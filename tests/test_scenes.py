@@ -1,6 +1,5 @@
 """The scenes task: pictures, answers, splits, tokens, shards and scores. No artwork is needed."""
 
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 
 import mmmamba_edge.distill
@@ -48,7 +46,6 @@ from mmmamba_edge.distill.scenes.vocabulary import (
     FONTS,
     KINDS,
     SHAPES,
-    SOURCES,
     SPLITS,
     angles_of_split,
     periods_of_split,
@@ -58,28 +55,14 @@ from mmmamba_edge.distill.scenes.vocabulary import (
 )
 from mmmamba_edge.distill.scratch import from_scratch
 from mmmamba_edge.errors import UserError
+from scene_art import make_art
 
 SPEC = Spec("train", 0, 2, 0, 192, 49, "")
 
 
 @pytest.fixture(scope="session")
 def art_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An art folder with a coloured square for each sprite, and two easy-vqa pictures."""
-    folder = tmp_path_factory.mktemp("art")
-    (folder / "fonts").mkdir()
-    points = [(s, p) for s in SOURCES for kind in KINDS.values() for p in kind.codepoints]
-    for i, (source, point) in enumerate(points):
-        (folder / "sprites" / source).mkdir(parents=True, exist_ok=True)
-        tone = (i * 37 % 256, i * 91 % 256, i * 53 % 256, 255)
-        Image.new("RGBA", (16, 16), tone).save(folder / "sprites" / source / f"{point}.png")
-    (folder / "easy_vqa").mkdir()
-    for split in ("train", "test"):
-        images = np.full((2, 64, 64, 3), 200, np.uint8)
-        np.savez_compressed(folder / "easy_vqa" / f"{split}.npz", images=images)
-        rows = [["is there a circle?", "yes", 0], ["what color is the shape?", "teal", 1]]
-        (folder / "easy_vqa" / f"{split}.json").write_text(json.dumps(rows))
-    (folder / "art.json").write_text("{}")
-    return folder
+    return make_art(tmp_path_factory.mktemp("art"))
 
 
 @pytest.fixture(scope="session")

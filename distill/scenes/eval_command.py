@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "scenes":
         samples = iter_eval(args.split, args.limit or 1000, art)
     else:
-        samples = _easy_vqa(art, args.limit)
+        samples = easy_vqa_samples(art, args.limit)
     runner = open_bundle(args.model, args.runtime, args.threads)
     began = time.perf_counter()
     table = score(answerer(runner), _shown(samples))
@@ -82,7 +82,7 @@ def answerer(runner: Runner) -> Callable[[np.ndarray, str], str]:
     return answer
 
 
-def _easy_vqa(art: Art, limit: int | None) -> Iterator[Sample]:
+def easy_vqa_samples(art: Art, limit: int | None) -> Iterator[Sample]:
     """The official test's first `limit` questions, each a sample of its own."""
     asked = [
         Question("easy-vqa", "easy-vqa", question, answer)

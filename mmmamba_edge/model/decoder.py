@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.layers import Attention, AttentionState, FeedForward, RMSNorm
 from mmmamba_edge.model.mixer import Mamba2Mixer, MixerState
+from mmmamba_edge.model.recompute import Frugal, Recompute
 from mmmamba_edge.model.vision import VisionEmbeddings, pixel_shuffle, pixel_shuffle_proj
 
 DEFAULT_CONTEXT = 4096  # tokens a hybrid's or teacher's cache is made for when nobody says
@@ -38,7 +38,7 @@ class DecoderState:
         return sum(t.nbytes for layer in self.layers for t in layer.tensors().values())
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Frugal):
     """Pre-norm block: x += mix(norm(x)); x += ffn(norm(x)), mix being attention or Mamba-2."""
 
     def __init__(self, config: StackConfig, kind: str):
@@ -50,6 +50,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None, state=None) -> Tensor:
         """(batch, seq, hidden) -> (batch, seq, hidden); a given state is updated."""
+        return self.again(self._block, x, lengths, state)
+
+    def _block(self, x: Tensor, lengths: Tensor | None, state) -> Tensor:
         x = x + self.attention(self.attention_norm(x), lengths, state)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -88,20 +91,21 @@ class LanguageModel(nn.Module):
 
 
 class MMMamba(nn.Module):
-    """Ids and pixels to logits: `forward` reads whole sequences, `prefill` and `step` go on.
-
-    Attributes:
-        recompute: in training keep only each layer's input and run it again for the backward pass
-            (activation checkpointing).
-    """
-
-    recompute = False
+    """Ids and pixels to logits: `forward` reads whole sequences, `prefill` and `step` go on."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.embedding_model = EmbeddingModel(config)
         self.language_model = LanguageModel(config)
+
+    def recompute(self, what: Recompute) -> None:
+        """What a backward pass computes again rather than keeps; nothing, from the start."""
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                module.frugal = what == "layers"
+            elif isinstance(module, Frugal):
+                module.frugal = what != "nothing"
 
     # --- whole sequences ------------------------------------------------------------------------
 
@@ -174,7 +178,7 @@ class MMMamba(nn.Module):
         (batch, seq, hidden) -> (batch, seq, hidden), right-padded.
         """
         for layer in self.language_model.model.layers:
-            x = self._through(layer, x, lengths)  # pyright: ignore[reportArgumentType]
+            x = layer(x, lengths)
         return self.language_model.model.norm(x)
 
     # --- with a state ---------------------------------------------------------------------------
@@ -274,15 +278,8 @@ class MMMamba(nn.Module):
     def encode(self, x: Tensor, lengths: Tensor | None, state: DecoderState | None) -> Tensor:
         """The embedding layers: (batch, seq, hidden) -> (batch, seq, hidden)."""
         for i, layer in enumerate(self.embedding_model.encoder):
-            x = self._through(layer, x, lengths, None if state is None else state.layers[i])  # pyright: ignore[reportArgumentType]
+            x = layer(x, lengths, None if state is None else state.layers[i])
         return x
-
-    def _through(
-        self, layer: DecoderLayer, x: Tensor, lengths: Tensor | None, state=None
-    ) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, x, lengths, state, use_reentrant=False)
-        return layer(x, lengths, state)
 
     def _shuffle(self, patches: Tensor) -> Tensor:
         """(tiles, patches, hidden) -> (tiles, tokens_per_tile, hidden)."""

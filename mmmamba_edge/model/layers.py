@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from mmmamba_edge.config import RopeScaling, StackConfig
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.recompute import Frugal
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Frugal):
     """x / rms(x) * weight, the statistics in float32."""
 
     def __init__(self, width: int, eps: float):
@@ -20,12 +21,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
+        return self.again(self._normed, x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
 
 
-class FeedForward(nn.Module):
+class FeedForward(Frugal):
     """SwiGLU: w2(SiLU(w1 x) * w3 x), without biases."""
 
     def __init__(self, config: StackConfig):
@@ -36,7 +40,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden) -> (batch, seq, hidden)."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.again(_gated, self.w1(x), self.w3(x)))
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 @dataclass

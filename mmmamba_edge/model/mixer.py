@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmmamba_edge.config import CONV_KERNEL, StackConfig
 from mmmamba_edge.model import ssd
 from mmmamba_edge.model.layers import RMSNorm
+from mmmamba_edge.model.recompute import Frugal
 
 G_NORM_EPS = 1e-5  # fixed in the original, whatever rms_norm_eps says
 
@@ -34,7 +35,7 @@ class MixerState:
         return MixerState(self.conv.clone(), self.ssm.clone())
 
 
-class Mamba2Mixer(nn.Module):
+class Mamba2Mixer(Frugal):
     """q, k, v through a causal conv and SiLU, then SSD, then RMSNorm per head times SiLU(gate).
 
     No positions, no softmax scale, no D skip. `in_proj` is the projection to dt, despite its name:
@@ -96,28 +97,33 @@ class Mamba2Mixer(nn.Module):
 
         This is what distillation stages 1 and 2 compare with the teacher's attention (spec 6.2).
         """
-        q, k, v, dt = self.ssd_inputs(x, lengths, state)
+        z = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
+        return self.again(self._mixed, z, self.in_proj(x), self.g_proj(x), lengths, state)
+
+    def _mixed(
+        self, z: Tensor, dt: Tensor, gate: Tensor, lengths: Tensor | None, state: MixerState | None
+    ) -> Tensor:
+        """All that follows the projections: conv, SSD, norm, gate."""
+        q, k, v, dt = self._ssd_inputs(z, dt, lengths, state)
         a = -torch.exp(self.A_log_bias.float())
         if state is None:
             y, _ = ssd.chunked(q, k, v, dt, a)
-        elif x.shape[1] == 1:
+        elif z.shape[1] == 1:
             y, state.ssm = ssd.step(q[:, 0], k[:, 0], v[:, 0], dt[:, 0], a, state.ssm)
             y = y[:, None]
         else:
             y, state.ssm = ssd.chunked(q, k, v, dt, a, state.ssm)
-        gate = self.g_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        return self.g_norm(y) * F.silu(gate)
+        return self.g_norm(y) * F.silu(gate.unflatten(-1, (-1, self.config.head_dim)))
 
-    def ssd_inputs(
-        self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None
+    def _ssd_inputs(
+        self, z: Tensor, dt: Tensor, lengths: Tensor | None, state: MixerState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v (batch, seq, heads, head_dim) after conv and SiLU, and dt (batch, seq, heads)."""
         c = self.config
-        z = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.in_proj(x).to(wide) + self.dt_bias.to(wide))
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         if lengths is not None:
-            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            real = torch.arange(z.shape[1], device=z.device) < lengths[:, None]
             dt = dt * real[..., None]
         z, column = causal_conv(
             z, self.conv1d.weight, self.conv1d.bias, None if state is None else state.conv, lengths

@@ -1,0 +1,264 @@
+"""The paper's tables in small: one teacher, many students, what each answers rightly.
+
+    python -m mmmamba_edge.distill.scenes.reproduce distill/recipes/scenes-table.toml \
+        --art cache/art --tokenizer cache/tokenizer.json --out runs/table
+
+    OUT/train, OUT/val        rendered scenes
+    OUT/teacher/checkpoint    the all-attention teacher, trained from scratch
+    OUT/stages/KEY            a stage of some student; variants that begin alike share it
+    OUT/scores/KEY.json       what a model answers
+    OUT/results.json, table.md, *.png
+
+A killed table goes on where it was; every stage resumes by itself.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmmamba_edge.distill import pretrain, stage1, stage2, stage3
+from mmmamba_edge.distill.distill_recipe import Recipe
+from mmmamba_edge.distill.engine import Engine
+from mmmamba_edge.distill.logit_matching import LogitMatching
+from mmmamba_edge.distill.recipe import read_recipe
+from mmmamba_edge.distill.run import Run, open_run
+from mmmamba_edge.distill.scenes.art import load_art
+from mmmamba_edge.distill.scenes.batch_answer import batch_answerer
+from mmmamba_edge.distill.scenes.dataset import write_cache
+from mmmamba_edge.distill.scenes.eval_command import easy_vqa_samples
+from mmmamba_edge.distill.scenes.evaluation import iter_eval
+from mmmamba_edge.distill.scenes.reproduce_report import write_report
+from mmmamba_edge.distill.scenes.rows import Spec
+from mmmamba_edge.distill.scenes.score import Sample, score_batch
+from mmmamba_edge.distill.scenes.table_plan import Plan, Row, read_plan
+from mmmamba_edge.distill.scenes.vocabulary import Split
+from mmmamba_edge.distill.student import assemble
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.checkpoints import Checkpoint, load_model
+from mmmamba_edge.model.decoder import MMMamba
+from mmmamba_edge.model.mixer import Mamba2Mixer
+from mmmamba_edge.tokenizer import load_tokenizer
+from mmmamba_edge.whole import new_file
+
+STAGES = {1: stage1.run_stage, 2: stage2.run_stage, 3: stage3.run_stage}
+VALIDATION_STEPS = 4  # batches of held-out scenes that the distance from the teacher is taken over
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmmamba_edge.distill.scenes.reproduce",
+        description="Train a teacher and the students of a plan, and print their table.",
+        epilog="example: python -m mmmamba_edge.distill.scenes.reproduce "
+        "distill/recipes/scenes-table.toml --art cache/art --tokenizer cache/tokenizer.json "
+        "--out runs/table",
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN.toml")
+    parser.add_argument("--art", type=Path, required=True, help="folder made by scenes.art")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="made by scenes.tokenizer")
+    parser.add_argument("--out", type=Path, required=True, help="goes on with what is there")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--workers", type=int, default=2, help="processes that render scenes")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows of the plan")
+    parser.add_argument("--minutes", type=float, help="start no further student after so long")
+    args = parser.parse_args(argv)
+    try:
+        plan = read_plan(args.plan)
+        if unknown := sorted(set(args.only or ()) - {row.name for row in plan.rows}):
+            raise UserError(f"--only {unknown[0]}: the plan has no such row")
+        table = Table(plan, args.art, args.tokenizer, args.out, args.device)
+        table.prepare(args.workers)
+        table.fill(args.only, args.minutes)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+class Table:
+    """A plan being carried out in a folder."""
+
+    def __init__(
+        self, plan: Plan, art: Path, tokenizer: Path, out: Path, device: str | None
+    ) -> None:
+        self.plan, self.art, self.tokenizer, self.out = plan, art, tokenizer, out
+        self.teacher = out / "teacher" / "checkpoint"
+        self.engine = Engine(device)
+
+    def prepare(self, workers: int) -> None:
+        """Scenes and teacher, as far as they are not there."""
+        scenes, digest = self.plan.scenes, hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+        sizes = (scenes.ramp, scenes.length, scenes.image_tokens, digest)
+        parts: list[tuple[Split, int | None, int]] = [
+            ("val", 2 if scenes.level is None else scenes.level, scenes.val),
+            ("train", scenes.level, scenes.count),
+        ]
+        for split, level, count in parts:
+            spec = Spec(split, 0, level, *sizes)
+            write_cache(
+                spec, self.art, self.tokenizer, self.out / split, count=count, workers=workers
+            )
+        if self.teacher.is_dir():
+            return
+        asked = self.plan.teacher
+        config, data, train = read_recipe(asked.recipe)
+        if config.variant != "teacher":
+            raise UserError(f"{asked.recipe}: attention_layers must name every layer of a teacher")
+        pretrain.run(
+            config, replace(data, scenes=scenes.count), train, self.out / "train",
+            self.out / "teacher", self.engine.device.type, compile_layers=asked.compile,
+            tokenizer=self.tokenizer, val=self.out / "val", minutes=asked.minutes,
+        )  # fmt: skip
+
+    def fill(self, only: list[str] | None, minutes: float | None) -> None:
+        """Train and score what is missing; the report is written anew after every student."""
+        began = time.perf_counter()
+        score = Scores(self)
+        results = [{"row": "teacher", "group": "main", "seed": 0, **score.teacher()}]
+        for row in self.plan.rows:
+            for seed in row.seeds:
+                late = minutes is not None and time.perf_counter() - began > 60 * minutes
+                if only is None or row.name in only:
+                    results += self._student(score, row, seed, train=not late)
+                    self._report(results)
+        self._report(results)
+
+    def _student(self, score: "Scores", row: Row, seed: int, *, train: bool) -> list[dict]:
+        """A line of results; none where it would have to be trained and must not."""
+        recipe = self.plan.recipe(row, seed, self.teacher, self.out / "train", self.out / "val")
+        run = self.run(recipe)
+        if not (train or run.known()):
+            return []
+        line = {"row": row.name, "group": row.group, "seed": seed}
+        folders = [str(run.folder(n).relative_to(self.out)) for n in recipe.stages]
+        return [{**line, "stages": folders, **score.student(run)}]
+
+    def run(self, recipe: Recipe) -> "SharedRun":
+        """A run that shares the stages of runs that begin alike."""
+        self.engine.bf16 = recipe.engine.bf16
+        run = open_run(recipe, self.engine, self.out, resume=True)
+        return SharedRun(**run.__dict__)
+
+    def _report(self, results: list[dict[str, Any]]) -> None:
+        with new_file(self.out / "results.json") as part:
+            part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_report(self.plan, results, self.out)
+
+
+@dataclass
+class SharedRun(Run):
+    """Stages in folders named by all that they depend on."""
+
+    def folder(self, number: int) -> Path:
+        """As in `Run`, for all runs that agree on the stages up to this one."""
+        return self.out / "stages" / self.key(number)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """What the stage and those before it depend on."""
+        recipe = self.recipe.facts()
+        done = [n for n in self.recipe.stages if n <= number]
+        student = dict(recipe["student"])
+        if number != 3 and all(getattr(self.recipe.stage(n), "layers", "") == "all" for n in done):
+            del student["attention_layers"]  # all are converted, whatever stays attention later
+        data = {key: value for key, value in recipe["data"].items() if key != "folder"}
+        tables = {"data": data, "engine": recipe["engine"]}
+        return {**tables, "student": student, "stages": [recipe[f"stage{n}"] for n in done]}
+
+    def key(self, number: int) -> str:
+        """The folder's name: stage number and a digest of its facts."""
+        text = json.dumps(self.facts(number), sort_keys=True)
+        return f"{number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def known(self) -> bool:
+        """Whether nothing is left to train."""
+        stages = self.recipe.stages
+        return not stages or self.finished(stages[-1]) is not None
+
+    def trained(self) -> Checkpoint | None:
+        """The last stage's student; None where there are no stages."""
+        start = None
+        for number in self.recipe.stages:
+            start = self.finished(number) or STAGES[number](self, start)
+        return start
+
+
+class Scores:
+    """What models answer, kept in files."""
+
+    def __init__(self, table: Table) -> None:
+        self.table, plan = table, table.plan
+        art = load_art(table.art)
+        self.tokenizer = load_tokenizer(table.tokenizer.parent)
+        self.samples: list[Sample] = list(iter_eval("test", plan.score.pictures, art))
+        self.outside: list[Sample] = []
+        if plan.score.easy_vqa:
+            self.outside = list(islice(easy_vqa_samples(art, None), plan.score.easy_vqa))
+
+    def teacher(self) -> dict[str, Any]:
+        """The teacher's own scores."""
+        model = load_model(self.table.teacher, self.table.engine.device, torch.float32)
+        return self._kept("teacher", lambda: {"kl": 0.0, **self._asked(model)})
+
+    def student(self, run: SharedRun) -> dict[str, Any]:
+        """Those of a student, trained first if it has to be."""
+        file = run.trained()
+        stages = run.recipe.stages
+        facts = [str(run.recipe.student), *(run.key(n) for n in stages)]
+        name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+        def measure() -> dict[str, Any]:
+            layers = sorted(set(range(len(run.teacher.layers))) - run.kept)
+            if file is not None:  # after stages 1 and 2 alone, layers to keep are the teacher's
+                there = [i for i, kind in enumerate(file.config.layer_types) if kind == "mamba2"]
+                layers = [i for i in layers if i in there]
+            mixers = run.mixers(layers, file)
+            model = assemble(run.teacher, mixers)
+            return {"kl": self._distance(run, mixers), **self._asked(model.eval())}
+
+        return self._kept(name, measure)
+
+    def _asked(self, model: MMMamba) -> dict[str, Any]:
+        answer, batch = batch_answerer(model, self.tokenizer), self.table.plan.score.batch
+        scores = score_batch(answer, self.samples, batch=batch)
+        if self.outside:
+            scores["easy-vqa"] = score_batch(answer, self.outside, batch=batch)["all"]
+        return {"scores": {name: asdict(line) for name, line in scores.items()}}
+
+    def _distance(self, run: SharedRun, mixers: dict[int, Mamba2Mixer]) -> float:
+        """Mean KL from the teacher per token of held-out scenes, in nats."""
+        stage = LogitMatching(run.teacher, mixers, run.engine)
+        assert run.validation is not None
+        rows = min(64, self.table.plan.scenes.val)
+        steps = run.validation.steps(None, run.engine.share(rows, rows))
+        total = weight = 0.0
+        for batch in (b for step in islice(steps, VALIDATION_STEPS) for b in step.micro):
+            batch = batch.to(run.engine.device)
+            total += float(stage.loss(batch))
+            weight += float(batch.weights.sum())
+        return total / weight
+
+    def _kept(self, name: str, measure) -> dict[str, Any]:
+        path = self.table.out / "scores" / f"{name}.json"
+        if not path.is_file():
+            began = time.perf_counter()
+            found = measure()
+            path.parent.mkdir(exist_ok=True)
+            with new_file(path) as part:
+                part.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            right = found["scores"]["all"]["accuracy"]
+            print(f"{name}: {right:.1%} right, scored in {time.perf_counter() - began:.0f} s",
+                  file=sys.stderr)  # fmt: skip
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
