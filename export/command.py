@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mmmamba_edge.manifest import Manifest
+from mmmamba_edge.quant.codes import GROUPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--quant",
         default="none",
-        choices=["none", "int8"],
-        help="none (default): float32; int8: weights as 8-bit codes, the scan in float32",
+        choices=["none", "fp16", "int8", "int4"],
+        help="none (default): float32; fp16: half-precision products; int8, int4: weights as "
+        "codes; the scan is float32 in all of them",
+    )
+    add(
+        "--group-size",
+        type=int,
+        choices=GROUPS,
+        help="of int4: weights that share a scale (default 32; 128 is smaller and less exact)",
     )
     add(
         "--ops",
@@ -53,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from mmmamba_edge.export.to_onnx import export_onnx
 
     manifest = export_onnx(
-        args.checkpoint, args.out, quant=args.quant, ops=args.ops, max_context=args.max_context,
+        args.checkpoint, args.out, quant=args.quant, group_size=args.group_size, ops=args.ops,
+         max_context=args.max_context,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(_as_json(args.out, manifest) if args.json else _as_text(args.out, manifest))

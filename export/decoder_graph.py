@@ -19,9 +19,7 @@ from mmmamba_edge.export.weights import HEAD, Weights
 from mmmamba_edge.manifest import StateTensor
 from mmmamba_edge.model.layers import rope_tables
 from mmmamba_edge.model.mixer import G_NORM_EPS
-from mmmamba_edge.quant.codes import Codes, take_rows
-
-Matrix = NDArray[np.float32] | Codes
+from mmmamba_edge.quant.codes import take_rows
 
 
 def state_layout(config: Config, max_context: int | None) -> tuple[StateTensor, ...]:
@@ -140,7 +138,7 @@ def _mixer(
     names = [f"{prefix}{name}_proj.weight" for name in ("v", "k", "q", "g")]
     dt_name = f"{prefix}in_proj.weight"
     sizes = [stack.conv_dim, hidden, heads]
-    if weights.quant == "none":  # one product for all; codes cannot take dt, which stays float32
+    if weights.quant == "none":  # one product for all; dt stays float32 under every other scheme
         fused = ops.linear(u, f"{label}.vkqgdt", weights.matrix(*names, dt_name))
         z, gate, dt_raw = g.node("Split", [fused, g.ints(*sizes)], 3, axis=-1)
     else:
@@ -176,7 +174,7 @@ def _attention(
     rope: tuple[str, str], key: Cache, value: Cache,
 ) -> str:  # fmt: skip
     """An attention layer: (1, tokens, hidden) both ways."""
-    qkv: Matrix = take_rows(weights.matrix(f"{prefix}wqkv.weight"), _unpacked_rows(stack))
+    qkv = take_rows(weights.matrix(f"{prefix}wqkv.weight"), _unpacked_rows(stack))
     packed = ops.linear(u, f"{prefix}qkv", qkv)
     y = ops.attention(packed, stack, past_length, rope, key, value)
     return ops.linear(y, f"{prefix}wo", weights.matrix(f"{prefix}wo.weight"))

@@ -18,8 +18,9 @@ ALIGN = 64  # bytes, of every tensor in the data file
 PAGE = 4096  # bytes, of tensors from LARGE on
 LARGE = 1 << 20
 
-FLOAT, INT64, INT32, UINT8, INT8 = (
-    TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.UINT8, TensorProto.INT8,
+FLOAT, FLOAT16, INT64, INT32, UINT8, INT8 = (
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32,
+    TensorProto.UINT8, TensorProto.INT8,
 )  # fmt: skip
 
 Dim = int | str  # a number, or the name of a size that only the caller knows
@@ -115,18 +116,23 @@ class GraphWriter:
             )
         return self._constants[key]
 
-    def weight(self, name: str, array: NDArray[Any]) -> str:
-        """A weight, written to the data file now (or into the graph if it is tiny)."""
+    def weight(self, name: str, array: NDArray[Any], int4: bool = False) -> str:
+        """A weight, written to the data file now (or into the graph if it is tiny).
+
+        `int4`: the bytes of `array` hold two signed numbers each, neighbours on the last axis, the
+        first in the low half.
+        """
         array = np.ascontiguousarray(array)
-        if array.nbytes < INLINE:
+        shape = (*array.shape[:-1], 2 * array.shape[-1]) if int4 else array.shape
+        if array.nbytes < INLINE and not int4:
             self._graph.initializer.append(onnx.numpy_helper.from_array(array, name))
             return name
         align = PAGE if array.nbytes >= LARGE else ALIGN
         self._data.write(bytes(-self._data.tell() % align))
         tensor = self._graph.initializer.add(
             name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-            dims=array.shape,
+            data_type=TensorProto.INT4 if int4 else helper.np_dtype_to_tensor_dtype(array.dtype),
+            dims=shape,
             data_location=TensorProto.EXTERNAL,
         )
         for key, value in (

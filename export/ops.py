@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmmamba_edge.config import StackConfig
-from mmmamba_edge.export.graph_writer import GraphWriter
+from mmmamba_edge.export.graph_writer import FLOAT, FLOAT16, GraphWriter
 from mmmamba_edge.quant.codes import Codes
 
 Floats = NDArray[np.float32]
+Halves = NDArray[np.float16]
+Matrix = Floats | Halves | Codes
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,14 @@ class Ops(Protocol):
 
     def __init__(self, graph: GraphWriter): ...
 
-    def linear(self, x: str, name: str, weight: Floats | Codes, bias: Floats | None = None) -> str:
-        """x (1, tokens, columns) times weight (rows, columns) transposed: (1, tokens, rows)."""
+    def linear(self, x: str, name: str, weight: Matrix, bias: Floats | None = None) -> str:
+        """x (1, tokens, columns) times weight (rows, columns) transposed: (1, tokens, rows).
+
+        A float16 weight is multiplied in float16; x and the result are float32 all the same.
+        """
         ...
 
-    def embedding(self, ids: str, output: str, name: str, table: Floats | Codes) -> None:
+    def embedding(self, ids: str, output: str, name: str, table: Matrix) -> None:
         """Rows of a table: ids (1, tokens) int64 -> `output` (1, tokens, columns)."""
         ...
 
@@ -100,3 +105,24 @@ class Ops(Protocol):
             (1, tokens, heads * head_dim).
         """
         ...
+
+
+# --- what both dialects say alike ---------------------------------------------------------------
+
+
+def float_product(g: GraphWriter, x: str, name: str, weight: Floats | Halves) -> str:
+    """`Ops.linear` of a matrix that is not in codes."""
+    matrix = g.weight(f"{name}.weight", weight.T)
+    if weight.dtype != np.float16:
+        return g.one("MatMul", x, matrix, label=name)
+    half = g.one("MatMul", g.one("Cast", x, to=FLOAT16), matrix, label=name)
+    return g.one("Cast", half, to=FLOAT)
+
+
+def float_rows(g: GraphWriter, ids: str, output: str, name: str, table: Floats | Halves) -> None:
+    """`Ops.embedding` of a table that is not in codes."""
+    rows = g.weight(f"{name}.weight", table)
+    if table.dtype != np.float16:
+        g.node("Gather", [rows, ids], [output], label=name)
+        return
+    g.node("Cast", [g.one("Gather", rows, ids, label=name)], [output], to=FLOAT)

@@ -9,7 +9,7 @@ from typing import Any
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.graph_writer import INT32, GraphWriter
-from mmmamba_edge.export.ops import Cache, Floats
+from mmmamba_edge.export.ops import Cache, Floats, Matrix, float_product, float_rows
 from mmmamba_edge.quant.codes import Codes, pack_blocks
 
 DOMAIN = "com.microsoft"
@@ -30,25 +30,26 @@ class FusedOps:
         self.graph = graph
         self._lengths: dict[str, tuple[str, str]] = {}
 
-    def linear(self, x: str, name: str, weight: Floats | Codes, bias: Floats | None = None) -> str:
+    def linear(self, x: str, name: str, weight: Matrix, bias: Floats | None = None) -> str:
         g = self.graph
         if isinstance(weight, Codes):
             rows, columns = weight.shape
-            data, scales = pack_blocks(weight, BLOCK)
+            block = weight.group if weight.bits == 4 else BLOCK
+            data, scales = pack_blocks(weight, block)
             inputs = [x, g.weight(f"{name}.codes", data), g.weight(f"{name}.scales", scales)]
             if bias is not None:
                 inputs += ["", "", g.weight(f"{name}.bias", bias)]
             return g.one(
-                "MatMulNBits", *inputs, domain=DOMAIN, label=name, bits=8, block_size=BLOCK,
-                N=rows, K=columns, accuracy_level=ACCURACY_LEVEL,
+                "MatMulNBits", *inputs, domain=DOMAIN, label=name, bits=weight.bits,
+                block_size=block, N=rows, K=columns, accuracy_level=ACCURACY_LEVEL,
             )  # fmt: skip
-        y = g.one("MatMul", x, g.weight(f"{name}.weight", weight.T), label=name)
+        y = float_product(g, x, name, weight)
         return y if bias is None else g.one("Add", y, g.weight(f"{name}.bias", bias))
 
-    def embedding(self, ids: str, output: str, name: str, table: Floats | Codes) -> None:
+    def embedding(self, ids: str, output: str, name: str, table: Matrix) -> None:
         g = self.graph
         if not isinstance(table, Codes):
-            g.node("Gather", [g.weight(f"{name}.weight", table), ids], [output], label=name)
+            float_rows(g, ids, output, name, table)
             return
         rows, columns = table.shape
         block = max(16, 1 << (columns - 1).bit_length())  # one block a row: one scale a row

@@ -6,9 +6,11 @@ LinearAttention and CausalConvWithState to what the ONNX standard defines them b
 
 from typing import Any
 
+import numpy as np
+
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.export.graph_writer import FLOAT, GraphWriter
-from mmmamba_edge.export.ops import Cache, Floats
+from mmmamba_edge.export.ops import Cache, Floats, Matrix, float_product, float_rows
 from mmmamba_edge.quant.codes import Codes
 
 
@@ -23,21 +25,32 @@ class StandardOps:
         self.graph = graph
         self._positions: dict[str, tuple[str, str]] = {}
 
-    def linear(self, x: str, name: str, weight: Floats | Codes, bias: Floats | None = None) -> str:
+    def linear(self, x: str, name: str, weight: Matrix, bias: Floats | None = None) -> str:
         g = self.graph
         if isinstance(weight, Codes):
-            codes = g.weight(f"{name}.codes", weight.codes.T)
-            scale = g.weight(f"{name}.scales", weight.scale[:, 0])
-            matrix = g.one("DequantizeLinear", codes, scale, axis=1)
+            y = g.one("MatMul", x, self._dequantized(name, weight), label=name)
         else:
-            matrix = g.weight(f"{name}.weight", weight.T)
-        y = g.one("MatMul", x, matrix, label=name)
+            y = float_product(g, x, name, weight)
         return y if bias is None else g.one("Add", y, g.weight(f"{name}.bias", bias))
 
-    def embedding(self, ids: str, output: str, name: str, table: Floats | Codes) -> None:
+    def _dequantized(self, name: str, weight: Codes) -> str:
+        """(columns, rows), as a MatMul wants it."""
+        g = self.graph
+        if weight.bits == 8:
+            codes = g.weight(f"{name}.codes", weight.codes.T)
+            scale = g.weight(f"{name}.scales", weight.scale[:, 0])
+            return g.one("DequantizeLinear", codes, scale, axis=1)
+        pairs = weight.codes.view(np.uint8) & np.uint8(15)  # two's complement, as INT4 has it
+        packed = pairs[:, 0::2] | (pairs[:, 1::2] << np.uint8(4))
+        codes = g.weight(f"{name}.codes", packed, int4=True)
+        scale = g.weight(f"{name}.scales", weight.scale)
+        rows = g.one("DequantizeLinear", codes, scale, axis=1, block_size=weight.group)
+        return g.one("Transpose", rows, perm=[1, 0])
+
+    def embedding(self, ids: str, output: str, name: str, table: Matrix) -> None:
         g = self.graph
         if not isinstance(table, Codes):
-            g.node("Gather", [g.weight(f"{name}.weight", table), ids], [output], label=name)
+            float_rows(g, ids, output, name, table)
             return
         codes = g.one("Gather", g.weight(f"{name}.codes", table.codes), ids, label=name)
         scale = g.one("Gather", g.weight(f"{name}.scales", table.scale), ids)

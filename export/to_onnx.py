@@ -17,10 +17,11 @@ from mmmamba_edge.export.ops_fused import FusedOps
 from mmmamba_edge.export.ops_standard import StandardOps
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.vision_graph import write_embed, write_vision
-from mmmamba_edge.export.weights import SCHEMES, Weights
+from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import TOKENIZER, Manifest
 from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
 from mmmamba_edge.model.decoder import DEFAULT_CONTEXT
+from mmmamba_edge.quant.schemes import Scheme, scheme
 from mmmamba_edge.tokenizer import save_tokenizer_files
 
 DIALECTS: dict[str, type[Ops]] = {"com.microsoft": FusedOps, "standard": StandardOps}
@@ -33,6 +34,7 @@ def export_onnx(
     out: str | Path,
     *,
     quant: str = "none",
+    group_size: int | None = None,
     ops: str = "com.microsoft",
     max_context: int | None = None,
     report: Report | None = None,
@@ -42,7 +44,8 @@ def export_onnx(
     Args:
         checkpoint: a folder of any layout with pixel_shuffle_loc 'pre', or one already open.
         out: the bundle; an existing bundle is replaced, anything else refused.
-        quant: "none" (float32) or "int8".
+        quant: "none" (float32), "fp16", "int8" or "int4".
+        group_size: of int4: weights that share a scale; None: 32.
         ops: "com.microsoft", ONNX Runtime's own operators, or "standard", plain opset 27.
         max_context: tokens that attention layers keep; None: `context_limit`. Not for a linear
             model, which has no limit.
@@ -56,8 +59,7 @@ def export_onnx(
         CheckFailed: the bundle's answers are not the checkpoint's.
     """
     say = report or (lambda line: None)
-    if quant not in SCHEMES:
-        raise UserError(f"quant {quant!r}: known are {', '.join(SCHEMES)}")
+    stored = scheme(quant, group_size)
     if ops not in DIALECTS:
         raise UserError(f"ops {ops!r}: known are {', '.join(DIALECTS)}")
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
@@ -70,7 +72,7 @@ def export_onnx(
     context = context_limit(config, max_context)
 
     with new_bundle(out) as folder:
-        weights = Weights(source, quant)
+        weights = Weights(source, stored)
         graphs = _write_graphs(folder, DIALECTS[ops], weights, context, say)
         (folder / TOKENIZER).mkdir()
         tokenizer = save_tokenizer_files(source.folder, folder / TOKENIZER)
@@ -88,11 +90,11 @@ def export_onnx(
             state=state_layout(config, context),
             max_context=context,
             tokenizer=tuple(tokenizer),
-            settings=_settings(config, quant, DIALECTS[ops]),
+            settings=_settings(config, stored, DIALECTS[ops]),
         )
         manifest = write_manifest(folder, manifest)
         say("verifying against PyTorch")
-        return write_manifest(folder, replace(manifest, verification=verify(folder, source)))
+        return write_manifest(folder, replace(manifest, verification=verify(folder, weights, say)))
 
 
 def context_limit(config: Config, asked: int | None) -> int | None:
@@ -149,8 +151,10 @@ def _write_graphs(
     return graphs
 
 
-def _settings(config: Config, quant: str, dialect: type[Ops]) -> dict[str, Any]:
-    settings = dict(dialect.settings) if quant != "none" else {}
+def _settings(config: Config, stored: Scheme, dialect: type[Ops]) -> dict[str, Any]:
+    settings = dict(dialect.settings) if stored.bits else {}
+    if stored.bits == 4:
+        settings["group_size"] = stored.group
     if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in _attending(config)):
         settings["rope"] = "plain base: dynamic NTK would begin beyond max_position_embeddings"
     return settings

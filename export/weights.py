@@ -1,7 +1,6 @@
-"""What an export reads: tensors of a checkpoint one at a time, as numbers or as codes.
+"""What an export reads: tensors of a checkpoint under a scheme, a block of rows at a time."""
 
-Which matrices are quantised is decided here, by name, with the reason where one is not.
-"""
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,64 +10,73 @@ from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import Checkpoint
 from mmmamba_edge.model.tensor_names import layer_prefix
-from mmmamba_edge.quant.codes import Codes, quantize_int8, stacked
+from mmmamba_edge.quant.codes import Codes, stacked
+from mmmamba_edge.quant.schemes import EMBEDDING, HEAD, PROJECTOR, SCHEMES, Scheme, kept_because
 
-SCHEMES = ("none", "int8")
+__all__ = ["EMBEDDING", "HEAD", "PROJECTOR", "STEM", "Matrix", "Weights"]
 
-EMBEDDING = "embedding_model.llm_text_embeddings.weight"
-HEAD = "language_model.output.weight"
 STEM = "embedding_model.vision_embeddings."
-PROJECTOR = "embedding_model.pixel_shuffle_proj."
 
-# Ends of names that stay float32 whatever the scheme, and why.
-KEPT = {
-    "in_proj.weight": "dt: its error is exponentiated and carried on; 0.05 % of the weights",
-    "dt_bias": "as dt",
-    "A_log_bias": "the decay itself",
-    "conv1d.weight": "two taps a channel: nothing to win",
-    "conv1d.bias": "as conv1d.weight",
-    "norm.weight": "one number a channel",
-    "bias": "one number a channel",
-    "position_embedding": "read once a tile",
-    "patch_embedding.weight": "sees raw pixels; runs once a tile",
-}
+BLOCK = 1 << 24  # elements that are float32 at a time while codes are made
 
-
-def kept_because(name: str) -> str | None:
-    """Why the tensor with this training name is never quantised; None: it may be."""
-    return next((reason for end, reason in KEPT.items() if name.endswith(end)), None)
+Matrix = NDArray[np.float32] | NDArray[np.float16] | Codes
 
 
 class Weights:
     """The tensors of a checkpoint under an export scheme. Names are training names."""
 
-    def __init__(self, checkpoint: Checkpoint, quant: str):
+    def __init__(self, checkpoint: Checkpoint, scheme: Scheme):
         self.config: Config = checkpoint.config
-        self.quant = quant
+        self.scheme = scheme
+        self.quant = scheme.name
         self._checkpoint = checkpoint
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A tensor in float32."""
         return self._checkpoint.get(name).to(torch.float32).contiguous().numpy()
 
-    def matrix(self, *names: str) -> NDArray[np.float32] | Codes:
-        """Matrices stacked below each other: codes under a scheme, float32 without one.
+    def matrix(self, *names: str) -> Matrix:
+        """Matrices stacked below each other, as the scheme stores them.
 
         None of `names` may be one that is kept.
         """
-        if self.quant == "none":
-            parts = [self.tensor(name) for name in names]
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
-        assert not any(kept_because(name) for name in names)
-        return stacked([self.codes(name) for name in names])
+        if self.scheme.bits:
+            assert not any(kept_because(name) for name in names)
+            return stacked([self.codes(name) for name in names])
+        parts = [self.tensor(name) for name in names]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.astype(np.float16) if self.quant == "fp16" else whole
 
     def codes(self, name: str) -> Codes:
-        """One matrix under the scheme."""
-        try:
-            return quantize_int8(self.tensor(name))
-        except ValueError as error:
-            raise UserError(f"{self._checkpoint.folder}: {name}: {error}") from error
+        """One matrix in codes."""
+        return stacked(list(self._code_blocks(name)))
+
+    def seen(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
+        """The numbers that the bundle has for a tensor (or for some of its rows), in float32."""
+        weight = self._rows(name, rows) if rows else self.tensor(name)
+        if weight.ndim != 2 or kept_because(name):
+            return weight
+        if self.quant == "fp16":
+            return weight.astype(np.float16).astype(np.float32)
+        return self.scheme.codes(name, weight).dequantized() if self.scheme.bits else weight
+
+    def plain(self) -> "Weights":
+        """The same checkpoint as it is."""
+        return Weights(self._checkpoint, SCHEMES["none"])
 
     def prefix(self, layer: int) -> str:
         """Name prefix of a layer, numbered over the whole stack."""
         return layer_prefix(self.config, layer)
+
+    def _code_blocks(self, name: str) -> Iterator[Codes]:
+        rows, columns = self._checkpoint.shape(name)
+        step = max(1, BLOCK // columns)
+        for start in range(0, rows, step):
+            part = self._rows(name, slice(start, min(start + step, rows)))
+            try:
+                yield self.scheme.codes(name, part)
+            except ValueError as error:
+                raise UserError(f"{self._checkpoint.folder}: {name}: {error}") from error
+
+    def _rows(self, name: str, rows: slice) -> NDArray[np.float32]:
+        return self._checkpoint.rows(name, rows).to(torch.float32).contiguous().numpy()

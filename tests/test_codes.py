@@ -8,7 +8,9 @@ from mmmamba_edge.quant.codes import (
     MIN_SCALE,
     Codes,
     bfloat16_up,
+    group_of,
     pack_blocks,
+    quantize_int4,
     quantize_int8,
     stacked,
     take_rows,
@@ -26,12 +28,48 @@ def test_int8_codes_keep_the_rules(scale):
     weight = weights(37, 88, scale)
     made = quantize_int8(weight)
     assert made.codes.dtype == np.int8 and made.scale.shape == (37, 1)
-    assert np.abs(made.codes.astype(int)).max() <= LIMIT
+    assert np.abs(made.codes.astype(int)).max() <= LIMIT[8]
     assert (made.scale >= MIN_SCALE).all()
     assert not (made.scale.view(np.uint32) & 0xFFFF).any(), "exact in bfloat16"
     assert np.array_equal(made.scale.astype(np.float16).astype(np.float32), made.scale) or scale > 1
     error = np.abs(made.dequantized() - weight)
     assert (error <= made.scale / 2 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("scale", [1e-30, 0.02, 1e4])
+def test_int4_codes_keep_the_rules(scale, group):
+    weight = weights(37, 256, scale)
+    made = quantize_int4(weight, group)
+    assert made.bits == 4 and made.group == group and made.scale.shape == (37, 256 // group)
+    assert np.abs(made.codes.astype(int)).max() <= LIMIT[4]
+    assert (made.scale >= MIN_SCALE).all()
+    assert not (made.scale.view(np.uint32) & 0xFFFF).any(), "exact in bfloat16"
+    error = np.abs(made.dequantized() - weight).reshape(37, -1, group)
+    assert (error <= made.scale[..., None] / 2 * (1 + 1e-6)).all()
+    finer = np.square(made.dequantized() - weight).sum()
+    if group < 128 and scale == 0.02:
+        assert finer < np.square(quantize_int4(weight, 128).dequantized() - weight).sum()
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_packing_is_low_half_first_and_reversible(group):
+    made = quantize_int4(weights(7, 128), group)
+    data, scales = pack_blocks(made, group)
+    assert data.shape == (7, 128 // group, group // 2) and data.dtype == np.uint8
+    low, high = (data & 15).astype(int) - 8, (data >> 4).astype(int) - 8
+    flat = np.stack([low, high], axis=-1).reshape(7, 128)
+    assert np.array_equal(flat, made.codes)
+    back = unpack_blocks(data, scales, 128, 4)
+    assert back.digest() == made.digest() and back.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "group"),
+    [(2048, 128, 128), (192, 128, 64), (96, 64, 32), (88, 128, None), (64, 32, 32)],
+)
+def test_a_group_divides_the_columns(columns, asked, group):
+    assert group_of(columns, asked) == group
 
 
 def test_largest_weight_of_a_row_uses_nearly_all_codes():
@@ -46,7 +84,7 @@ def test_zero_rows_and_one_sided_rows():
     weight[2] = [0, 5, 0, 0]
     made = quantize_int8(weight)
     assert made.scale[0, 0] == MIN_SCALE and not made.codes[0].any()
-    assert made.codes[1].min() >= -LIMIT and made.codes[2].max() <= LIMIT
+    assert made.codes[1].min() >= -LIMIT[8] and made.codes[2].max() <= LIMIT[8]
     assert np.allclose(made.dequantized(), weight, atol=0.03)
 
 

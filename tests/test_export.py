@@ -20,11 +20,14 @@ from mmmamba_edge.config import Config, RopeScaling, StackConfig
 from mmmamba_edge.distill.scratch import from_scratch
 from mmmamba_edge.errors import CheckFailed, UserError
 from mmmamba_edge.export import command, verify
+from mmmamba_edge.export.reference import read_streamed
 from mmmamba_edge.export.to_onnx import DIALECTS, context_limit, export_onnx
-from mmmamba_edge.export.weights import SCHEMES, Weights, kept_because
+from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint, save_model
-from mmmamba_edge.quant.codes import Codes, quantize_int8, take_rows, unpack_blocks
+from mmmamba_edge.quant.codes import Codes, quantize_int4, quantize_int8, take_rows, unpack_blocks
+from mmmamba_edge.quant.schemes import SCHEMES, WIDE, kept_because
 from mmmamba_edge.runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from mmmamba_edge.runtimes.torch_runner import TorchRunner
 
 DIALECT_NAMES = ("com.microsoft", "standard")
 
@@ -189,21 +192,27 @@ def test_int8_goldens_compute_what_their_codes_say(variant):
     assert figures["float32"]["sqnr_db"] >= 13
 
 
+@pytest.mark.parametrize("quant", ["int8", "int4"])
 @pytest.mark.parametrize("ops", DIALECT_NAMES)
-def test_bundle_holds_the_canonical_codes(ops):
-    """P4: bit for bit what quantize_int8 makes of the checkpoint, rows stacked or reordered."""
-    folder = bundle("small", "hybrid", "int8", ops)
+def test_bundle_holds_the_canonical_codes(ops, quant):
+    """P4: bit for bit what quantize_int8 or _int4 makes of it, rows stacked or reordered."""
+    folder = bundle("small", "hybrid", quant, ops)
     source = open_checkpoint(checkpoint("small", "hybrid"))
 
     def codes(*names: str) -> Codes:
-        matrices = [source.get(name).numpy() for name in names]
-        return quantize_int8(np.concatenate(matrices))
+        matrix = np.concatenate([source.get(name).numpy() for name in names])
+        wide = quant == "int8" or any(name in WIDE for name in names)
+        return quantize_int8(matrix) if wide else quantize_int4(matrix, 32)
 
     def stored(graph: str, name: str, columns: int) -> Codes:
         arrays = initializers(folder, graph)
         data, scales = arrays[f"{name}.codes"], arrays[f"{name}.scales"]
+        bits = 4 if scales.ndim == 2 and scales.shape[1] == columns // 32 else 8
         if ops == "com.microsoft":
-            return unpack_blocks(data, scales, columns)
+            # 8 bits repeat a row's scale for each block: columns / 64 or less
+            return unpack_blocks(data, scales, columns, bits)
+        if bits == 4:
+            return Codes(data.astype(np.int8), scales, 4)
         if data.shape[1] != columns:
             data = data.T
         return Codes(data, scales.reshape(-1, 1))
@@ -267,8 +276,8 @@ def test_every_weight_of_the_bundle_counts(tmp_path):
     source = bundle("release_plain", "hybrid")
     manifest = read_manifest(source)
     prompts = list(verify.make_prompts(manifest.model, manifest.max_context))
-    model = load_model(checkpoint("release_plain", "hybrid"))
-    wanted = [verify._read_torch(model, prompt, manifest) for prompt in prompts]
+    weights = Weights(open_checkpoint(checkpoint("release_plain", "hybrid")), SCHEMES["none"])
+    wanted = read_streamed(weights, [(p.ids, p.pixels) for p in prompts])
     good = verify.compare(OnnxRuntimeRunner(source, threads=1), prompts, wanted)
     assert min(good[name] for name in verify._ALL) > verify.EXACT_DB
     rng = np.random.default_rng(0)
@@ -305,19 +314,43 @@ def test_a_wrong_weight_fails_the_export_and_leaves_nothing(tmp_path, monkeypatc
         return tensor
 
     verifying = False
-    real = verify.dequantize_
+    real = verify.read_streamed
 
-    def honest(model, weights) -> None:
+    def honest(*args):
         nonlocal verifying
         verifying = True
-        real(model, weights)
+        return real(*args)
 
     monkeypatch.setattr(Weights, "tensor", wrong)
-    monkeypatch.setattr(verify, "dequantize_", honest)
+    monkeypatch.setattr(Weights, "_rows", lambda self, asked, rows: wrong(self, asked)[rows])
+    monkeypatch.setattr(verify, "read_streamed", honest)
     source = open_checkpoint(checkpoint("release_plain", "linear"))
     with pytest.raises(CheckFailed, match=r"verification failed: .*below 75 .*Nothing was written"):
         export_onnx(source, tmp_path / "out", quant=quant)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variant", ["teacher", "linear", "hybrid"])
+@pytest.mark.parametrize("part", ["release", "release_plain"])
+def test_reading_layer_by_layer_is_the_model(part, variant):
+    """The reference of verification: the same logits and states, pictures and all."""
+    file = open_checkpoint(checkpoint(part, variant))
+    manifest_context = 16 if part == "release" else 256
+    prompts = list(verify.make_prompts(file.config, manifest_context))
+    pairs = [(p.ids, p.pixels) for p in prompts]
+    model = load_model(file)
+    runner = TorchRunner(model, model_id="", max_context=manifest_context)
+    for (ids, tiles), found in zip(
+        pairs, read_streamed(Weights(file, SCHEMES["none"]), pairs), strict=True
+    ):
+        with torch.inference_mode():
+            pixels = None if tiles is None else torch.from_numpy(tiles)
+            want = model(torch.from_numpy(ids)[None], pixels)[0].numpy()
+        np.testing.assert_allclose(found.logits, want, rtol=0, atol=2e-4)
+        states = runner.prefill(ids, tiles)[1].arrays()
+        assert states.keys() == found.state.keys()
+        for name, array in states.items():
+            np.testing.assert_allclose(found.state[name], array, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_are_cut_only_where_they_may_be():
@@ -372,7 +405,9 @@ def test_context_limits_that_cannot_be():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"quant": "int3"}, "quant 'int3': known are none, int8"),
+        ({"quant": "int3"}, "quant 'int3': known are none, fp16, int8, int4"),
+        ({"quant": "int4", "group_size": 48}, "--group-size 48: expected one of 32, 64, 128"),
+        ({"quant": "int8", "group_size": 32}, "--group-size 32: only --quant int4 has groups"),
         ({"ops": "ai.magic"}, "ops 'ai.magic': known are com.microsoft, standard"),
     ],
 )
@@ -439,7 +474,7 @@ def test_choices_are_the_tables():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     choices = {action.dest: action.choices for action in parser._actions}
-    assert tuple(choices["quant"] or ()) == SCHEMES
+    assert tuple(choices["quant"] or ()) == tuple(SCHEMES)
     assert tuple(choices["ops"] or ()) == tuple(DIALECTS)
     for name, dialect in DIALECTS.items():
         assert dialect.name == name

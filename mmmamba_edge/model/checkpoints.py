@@ -37,6 +37,7 @@ Layout = Literal["training", "released"]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 4 << 30
+MAPPED_BYTES = 512 << 20  # read through open files before they are closed: pages read stay mapped
 
 
 class Checkpoint:
@@ -48,6 +49,7 @@ class Checkpoint:
         self.layout = layout
         self._files = files  # name in the file -> shard
         self._open: dict[Path, safe_open] = {}
+        self._mapped = 0  # bytes read since the files were opened
         self._slices = _slices(config) if layout == "released" else {}
 
     def names(self) -> list[str]:
@@ -56,12 +58,24 @@ class Checkpoint:
 
     def get(self, name: str) -> Tensor:
         """The tensor with training name `name`, in the file's dtype."""
-        if self.layout == "training":
-            return self._handle(name).get_tensor(name)
-        if name in self._slices:
+        if self.layout == "released" and name in self._slices:
             fused, rows = self._slices[name]
-            return self._handle(fused).get_slice(fused)[rows]
-        return self._handle(renamed(name)).get_tensor(renamed(name))
+            return self._counted(self._handle(fused).get_slice(fused)[rows])
+        stored = name if self.layout == "training" else renamed(name)
+        return self._counted(self._handle(stored).get_tensor(stored))
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of the tensor with training name `name`; nothing else of it is read."""
+        if self.layout == "released" and name in self._slices:
+            name, own = self._slices[name]
+            rows = _within(own, rows)
+        elif self.layout == "released":
+            name = renamed(name)
+        return self._counted(self._handle(name).get_slice(name)[rows])
+
+    def shape(self, name: str) -> Shape:
+        """The shape of the tensor with training name `name`."""
+        return training_shapes(self.config)[name]
 
     def stored(self) -> Iterator[tuple[str, str, Shape]]:
         """(name, dtype, shape) of what the files hold, under the files' own names."""
@@ -78,6 +92,14 @@ class Checkpoint:
     def weights_id(self) -> str:
         """SHA-256 over the live tensors' names, dtypes, shapes, bytes; the same in both layouts."""
         return weights_id((name, self.get(name)) for name in self.names())
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        """Close the files now and then: whoever reads all tensors in turn holds few of them."""
+        self._mapped += tensor.nbytes
+        if self._mapped > MAPPED_BYTES:
+            self._open.clear()
+            self._mapped = 0
+        return tensor
 
     def _handle(self, name: str) -> safe_open:
         path = self._files[name]
@@ -245,6 +267,11 @@ def _open_file(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    """Rows `inner` of the rows `outer`."""
+    return slice(outer.start + inner.start, min(outer.start + inner.stop, outer.stop))
 
 
 def _slices(config: Config) -> dict[str, tuple[str, slice]]:

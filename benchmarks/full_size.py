@@ -1,0 +1,106 @@
+"""A stand-in at the released models' full shape: `python benchmarks/full_size.py --out DIR`.
+
+2.7 B parameters in the released layout, sharded bfloat16 safetensors, random but realistic: norms
+of one, products that keep their scale, step sizes and decays spread as seeding spreads them. It
+says nothing sensible; it costs what the real one costs.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmmamba_edge.config import Config, StackConfig
+from mmmamba_edge.distill.seed import A_LOG, DT_RANGE
+from mmmamba_edge.distill.student import attention_layers
+from mmmamba_edge.model.checkpoints import save_checkpoint
+from mmmamba_edge.model.tensor_names import DEAD, training_shapes
+
+
+def full_config(attention: str = "none", layers: tuple[int, int] = (8, 24)) -> Config:
+    """The released models' sizes (spec 1.2); fewer `layers` for a narrower look."""
+    halves = [
+        StackConfig(
+            hidden_size=2048, intermediate_size=8192, num_attention_heads=16,
+            num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6,
+            max_position_embeddings=32768, layer_types=("attention",) * count,
+        )
+        for count in layers
+    ]  # fmt: skip
+    config = Config(
+        embedding=halves[0], llm=halves[1], vocab_size=92_553, image_size=448, patch_size=14,
+        img_context_token_id=92_546, eos_token_id=92_542, template="internlm2-chat",
+        use_thumbnail=True, max_dynamic_patch=12,
+    )  # fmt: skip
+    return config.with_attention_layers(attention_layers(attention, sum(layers)))
+
+
+def write_full_size(out: Path, config: Config, seed: int = 0) -> None:
+    """Write the checkpoint, a shard in memory at a time."""
+    shapes = training_shapes(config)
+    done, total, began = 0, sum(map(math.prod, shapes.values())), time.perf_counter()
+    numbers = {name: i for i, name in enumerate(shapes)}
+
+    def get(name: str) -> Tensor:
+        nonlocal done
+        random = torch.Generator().manual_seed(seed * 100_003 + numbers[name])
+        done += math.prod(shapes[name])
+        spent = time.perf_counter() - began
+        print(
+            f"\r{done / 1e9:.2f} of {total / 1e9:.2f} B parameters, {spent:.0f} s ",
+            end="", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return _tensor(name, shapes[name], len(config.layer_types), random).bfloat16()
+
+    layout = "training" if config.variant == "teacher" else "released"
+    save_checkpoint(out, config, get, layout=layout, shard_bytes=1 << 30)
+    print(file=sys.stderr)
+
+
+def _tensor(name: str, shape: tuple[int, ...], layers: int, random: torch.Generator) -> Tensor:
+    if name == DEAD:
+        return torch.zeros(shape)
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith("A_log_bias"):
+        return torch.full(shape, A_LOG)
+    if name.endswith("dt_bias"):
+        low, high = (math.log(bound) for bound in DT_RANGE)
+        dt = torch.exp(torch.rand(shape, generator=random) * (high - low) + low)
+        return dt + torch.log(-torch.expm1(-dt))
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    noise = torch.randn(shape, generator=random)
+    if name.endswith("conv1d.weight"):
+        noise *= 0.1
+        noise[..., -1] += 1.0
+        return noise
+    if name.endswith("in_proj.weight"):
+        return noise * 0.02
+    if "embedd" in name and not name.endswith("patch_embedding.weight"):
+        return noise * 0.5
+    noise *= math.prod(shape[1:]) ** -0.5  # a product keeps its input's scale
+    into_stream = name.endswith(("o_proj.weight", "wo.weight", "w2.weight"))
+    return noise * (2 * layers) ** -0.5 if into_stream else noise
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--attention-layers", default="none", help="'head-interleaved 8': hybrid")
+    parser.add_argument("--layers", default="8,24", help="of the two halves")
+    args = parser.parse_args()
+    first, second = map(int, args.layers.split(","))
+    write_full_size(args.out, full_config(args.attention_layers, (first, second)))
+    print(json.dumps({"checkpoint": str(args.out)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
