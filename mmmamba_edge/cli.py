@@ -26,6 +26,7 @@ PROGRAM = "mmmamba-edge"
 VERBS = {
     "chat": ("mmmamba_edge.chat", "show a model pictures and talk about them"),
     "export": ("mmmamba_edge.export.command", "make a verified bundle of a checkpoint"),
+    "bench": ("mmmamba_edge.bench", "measure time and memory on this machine"),
     "eval": ("mmmamba_edge.distill.scenes.eval_command", "score a model on questions by type"),
     "inspect": ("mmmamba_edge.inspection", "print config, sizes, state bytes and tensors"),
     "seed": ("mmmamba_edge.distill.seed_command", "make a student of a teacher"),
