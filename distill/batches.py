@@ -33,8 +33,7 @@ class Batch:
         if pixels is not None:
             pixels = pixels.to(device, non_blocking=True)
             if pixels.dtype == torch.uint8:
-                mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD]).view(2, 3, 1, 1).to(device)
-                pixels = (pixels.float() / 255 - mean) / std
+                pixels = normalised(pixels)
         return replace(
             self,
             ids=self.ids.to(device, non_blocking=True),
@@ -47,6 +46,12 @@ class Batch:
     def tokens(self) -> int:
         """Real tokens."""
         return int(self.lengths.sum())
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """(tiles, 3, height, width) uint8 -> float32, mean and deviation as in spec 7.3."""
+    mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD]).view(2, 3, 1, 1).to(pixels.device)
+    return (pixels.float() / 255 - mean) / std
 
 
 @dataclass(frozen=True)

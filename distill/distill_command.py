@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mmmamba_edge.errors import UserError
@@ -51,9 +52,12 @@ def run(args: argparse.Namespace) -> int:
         whole = open_run(recipe, engine, args.out, resume=args.resume)
         for number in wanted:
             if whole.finished(number) is not None and args.resume:
+                whole.check(number)
                 continue
             before = [n for n in recipe.stages if n < number]
             start = whole.finished(before[-1]) if before else None
+            if start is not None:
+                replace(whole, resume=True).check(before[-1])  # to start from, it need not go on
             if before and start is None:
                 raise UserError(
                     f"{args.out / f'stage{before[-1]}'}: stage {before[-1]} is not finished there; "

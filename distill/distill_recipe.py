@@ -82,6 +82,11 @@ class MatchingConfig(StageConfig):
     relative: bool = False
     layers: Literal["all", "student"] = "all"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "o_proj.weight" in self.train and self.match == "heads":
+            raise ValueError("o_proj.weight learns nothing from the heads; match = 'output'")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SecondConfig(MatchingConfig):

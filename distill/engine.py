@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmmamba_edge.distill.batches import Share
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.model.mixer import Mamba2Mixer
+from mmmamba_edge.model.mixer import Mamba2Mixer, look_up_kernels
 
 
 class Engine:
@@ -63,6 +63,16 @@ class Engine:
         if rows % self.world:
             raise UserError(f"batch {rows}: not divisible by {self.world} processes")
         return Share(rows, micro_rows, self._accelerator.process_index, self.world)
+
+    def compile(self, module: nn.Module) -> None:
+        """torch.compile a module in place."""
+        import torch._dynamo
+
+        # A table of students compiles one class for many trainable sets; beyond the limit (8) torch
+        # would go on uncompiled without a word.
+        torch._dynamo.config.recompile_limit = 64
+        look_up_kernels()  # now: tracing through an import breaks graphs
+        module.compile()
 
     def autocast(self) -> AbstractContextManager:
         """bfloat16 where the recipe says so."""

@@ -33,19 +33,18 @@ def match_layers(
     run: "Run", number: int, config: MatchingConfig, start: Checkpoint | None
 ) -> Checkpoint:
     """Run a stage of this sort: stage1.py and stage2.py."""
-    folder = run.begin(number)
     total = range(len(run.teacher.layers))
     layers = total if config.layers == "all" else sorted(set(total) - run.kept)
     mixers = run.mixers(layers, start)
     train_only(mixers, config.train)
-    share_output_projection(run.teacher, mixers)
+    share_output_projection(run.teacher, mixers, run.file)
     stage = LayerMatching(
         run.teacher, mixers, run.engine, match=config.match, relative=config.relative,
         compiled=run.recipe.engine.compile,
     )  # fmt: skip
     try:
         train(
-            stage, run.source, run.engine, config, folder, f"stage {number}",
+            stage, run.source, run.engine, config, run.begin(number), f"stage {number}",
             kind=run.recipe.engine, validation=run.validation,
         )  # fmt: skip
     finally:
@@ -97,7 +96,7 @@ class LayerMatching:
         layers = sorted(mixers)
         units = [MatchedMixer(mixers[i], match, relative) for i in layers]
         for unit in units if compiled else ():
-            unit.compile()
+            engine.compile(unit)
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
         self._weights: Tensor | None = None
@@ -165,5 +164,6 @@ class LayerMatching:
                     loss.backward()
             self._errors.append(loss.detach())
 
-        self._hooks.append(attention.wo.register_forward_pre_hook(heads))
+        if self._match == "heads":  # a mixer that uses `wo` itself would set it off as well
+            self._hooks.append(attention.wo.register_forward_pre_hook(heads))
         self._hooks.append(attention.register_forward_hook(compare))

@@ -158,9 +158,13 @@ def _against_topk(student: Tensor, indices: Tensor, logprobs: Tensor) -> tuple[T
 def _log_softmax(hidden: Tensor, head: Tensor, tau: float) -> Tensor:
     """(n, vocab) log-probabilities, float32 (float64 for float64)."""
     dtype = _product_dtype(hidden, head)
+    wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden.to(dtype) @ head.to(dtype).T
-    logits = logits.to(torch.promote_types(dtype, torch.float32))
+        # Logits rounded to half precision would drown a small KL and its gradient.
+        if dtype != wide and hidden.is_cuda:
+            logits = torch.mm(hidden.to(dtype), head.to(dtype).T, out_dtype=wide)
+        else:
+            logits = hidden.to(wide) @ head.to(wide).T
     return torch.log_softmax(logits / tau if tau != 1.0 else logits, dim=-1)
 
 

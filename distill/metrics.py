@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_edge.distill.engine import Engine
+from mmmamba_edge.whole import new_file
 
 
 class Metrics:
@@ -31,6 +32,7 @@ class Metrics:
         self._tokens = self._logged = 0
         self._file = self._board = None
         if engine.is_main:
+            _forget(out / "metrics.jsonl", start)
             self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
             self._board = _board(out / "tensorboard")
 
@@ -101,6 +103,21 @@ class Metrics:
             print(f"\r\x1b[K{line}", end="\n" if stay else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def _forget(path: Path, start: int) -> None:
+    """Drop what a killed run wrote after its last progress, a torn last line with it."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line).get("step", 0) <= start:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    with new_file(path) as part:
+        part.write_text("".join(kept), encoding="utf-8")
 
 
 def _board(folder: Path):

@@ -35,6 +35,7 @@ from mmmamba_edge.distill.scratch import from_scratch, make_optimizers
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import save_model
 from mmmamba_edge.model.decoder import MMMamba
+from mmmamba_edge.model.mixer import look_up_kernels
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,6 +98,7 @@ def run(
     if start:
         print(f"resuming {out} at step {start}", file=sys.stderr)
     if compile_layers:
+        look_up_kernels()  # now: tracing through an import breaks graphs
         for layer in model.layers:
             layer.compile(dynamic=False)
     scene_cache = SceneCache(scenes)

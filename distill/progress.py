@@ -51,14 +51,14 @@ def save_progress(
         write: only one of several processes writes; all must call, for sharded tensors.
     """
     names = {id(p): name for name, p in parameters.items()}
-    tensors = {f"model.{name}": _whole(p) for name, p in parameters.items()}
+    tensors = {f"model.{name}": _whole(p, write) for name, p in parameters.items()}
     numbers: dict[str, int | float] = {}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key, value in state.items():
                 name = f"optimizer.{names[id(p)]}.{key}"
                 if isinstance(value, Tensor):
-                    tensors[name] = _whole(value)
+                    tensors[name] = _whole(value, write)
                 else:
                     numbers[name] = value
     tensors["random.cpu"] = torch.get_rng_state()
@@ -121,7 +121,8 @@ def _load_optimizer(
         prefix = f"optimizer.{name}."
         if id(p) not in mine:
             continue
-        for full in (n for n in saved if n.startswith(prefix)):
+        # In one order in all processes: sharding a tensor is a collective.
+        for full in sorted(n for n in saved if n.startswith(prefix)):
             key, value = full.removeprefix(prefix), file.get_tensor(full)
             # fused AdamW keeps its step on the device, the plain one on the CPU
             on_cpu = key == "step" and not fused
@@ -131,9 +132,12 @@ def _load_optimizer(
             optimizer.state[p][full.removeprefix(prefix)] = numbers[full]
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _whole(tensor: Tensor, wanted: bool) -> Tensor:
+    """On the CPU; where it is not wanted, only the gathering of a sharded one is taken part in."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu() if wanted else tensor
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:

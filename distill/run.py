@@ -7,6 +7,7 @@ OUT/stage1/checkpoint/            the finished stage: a whole student, training 
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -83,25 +84,38 @@ class Run:
         return seeded_mixers(self.file, layers, seeding, self.engine.device)
 
     def facts(self, number: int) -> dict[str, Any]:
-        """What a stage depends on: a run that goes on must agree with it."""
+        """What a stage depends on, itself and those before it: who goes on must agree with it."""
         recipe = self.recipe.facts()
-        tables = ("student", "data", "validation", "engine", f"stage{number}", "stages")
-        teacher = str(self.recipe.teacher.resolve())
-        return {"teacher": teacher, **{key: recipe[key] for key in tables}}
+        done = [n for n in self.recipe.stages if n <= number]
+        student = dict(recipe["student"])
+        if number != 3 and all(getattr(self.recipe.stage(n), "layers", "") == "all" for n in done):
+            del student["attention_layers"]  # all are converted, whatever stays attention later
+        return {
+            "teacher": str(self.recipe.teacher.resolve()), "student": student,
+            **{key: recipe[key] for key in ("data", "validation", "engine")},
+            **{f"stage{n}": recipe[f"stage{n}"] for n in done},
+        }  # fmt: skip
 
     def begin(self, number: int) -> Path:
-        """The stage's folder, checked against what it holds already."""
-        folder, facts = self.folder(number), self.facts(number)
-        note = folder / "recipe.json"
-        if note.is_file():
-            _agree(note, facts, self.resume)
+        """The stage's folder, checked against what it holds already; left-overs of a kill go."""
+        folder = self.folder(number)
+        self.check(number)
         self.engine.wait()  # all have looked before one of them writes
         if self.engine.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            with new_file(note) as part:
-                part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            for left in (*folder.glob(".checkpoint.*"), *folder.glob(".mmmamba-*.tmp")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            with new_file(folder / "recipe.json") as part:
+                text = json.dumps(self.facts(number), indent=1) + "\n"
+                part.write_text(text, encoding="utf-8")
         self.engine.wait()
         return folder
+
+    def check(self, number: int) -> None:
+        """UserError where the stage's folder holds a run of another recipe, or one not resumed."""
+        note = self.folder(number) / "recipe.json"
+        if note.is_file():
+            _agree(note, self.facts(number), self.resume)
 
     def finished(self, number: int) -> Checkpoint | None:
         """The checkpoint of a stage that is through, if it is."""

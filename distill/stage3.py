@@ -14,21 +14,21 @@ from mmmamba_edge.model.checkpoints import Checkpoint
 def run_stage(run: Run, start: Checkpoint | None) -> Checkpoint:
     """Train the stage; arguments as in `stage1.run_stage`, its table is `run.recipe.stage3`."""
     config = run.recipe.stage3
-    folder = run.begin(3)
     layers = sorted(set(range(len(run.teacher.layers))) - run.kept)
     mixers = run.mixers(layers, start)
     train_only(mixers, config.train)
-    share_output_projection(run.teacher, mixers)
+    share_output_projection(run.teacher, mixers, run.file)
     cache = None
     if config.topk:
-        identity = f"{run.file.weights_id()} tau {config.tau}"
+        how = run.recipe.engine
+        identity = f"{run.file.weights_id()} {config.tau} {how.bf16} {how.teacher_bits}"
         cache = TeacherCache(run.out / "teacher-answers", config.topk, identity)
     stage = LogitMatching(
         run.teacher, mixers, run.engine, tau=config.tau, recompute=config.recompute, cache=cache,
         compiled=run.recipe.engine.compile,
     )  # fmt: skip
     train(
-        stage, run.source, run.engine, config, folder, "stage 3",
+        stage, run.source, run.engine, config, run.begin(3), "stage 3",
         kind=run.recipe.engine, validation=run.validation,
     )  # fmt: skip
     return run.finish(3, mixers)

@@ -114,11 +114,22 @@ def train_only(mixers: Mapping[int, Mamba2Mixer], names: Collection[str]) -> Non
             parameter.requires_grad_(name in names)
 
 
-def share_output_projection(teacher: MMMamba, mixers: Mapping[int, Mamba2Mixer]) -> None:
-    """Where it is not trained, a mixer's o_proj is the teacher's wo itself: one copy in memory."""
+def share_output_projection(
+    teacher: MMMamba, mixers: Mapping[int, Mamba2Mixer], file: Checkpoint | None = None
+) -> None:
+    """Where it is not trained, a mixer's o_proj is the teacher's wo itself: one copy in memory.
+
+    With the teacher's `file`, one that an earlier stage has trained is told from it, and kept.
+    """
     for layer, mixer in mixers.items():
-        if not mixer.o_proj.weight.requires_grad:
-            mixer.o_proj = teacher.layers[layer].attention.wo  # pyright: ignore
+        own = mixer.o_proj.weight
+        if own.requires_grad:
+            continue
+        if file is not None:
+            theirs = file.get(f"{layer_prefix(file.config, layer)}attention.wo.weight")
+            if not torch.equal(own.cpu(), theirs.to(own.dtype)):
+                continue
+        mixer.o_proj = teacher.layers[layer].attention.wo  # pyright: ignore
 
 
 # --- the whole student --------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def train(
             if last or done % config.log_every == 0:
                 _check_finite(metrics.log(done, rate), done, out, saved, engine)
             if last or done % config.save_every == 0:
-                _check_finite(loss, done, out, saved, engine)
+                # The loss is of the weights before the step, the norm of the step itself.
+                _check_finite(loss + norm, done, out, saved, engine)
                 save_progress(
                     out / PROGRESS, parameters, [optimizer], done,
                     position=batches.position, write=engine.is_main,
@@ -166,8 +167,8 @@ class Validation:
             return
         total = weight = 0.0
         steps = self.source.steps(None, self.share)
-        for _ in range(self.STEPS):
-            for batch in next(steps).micro:
+        with torch.compiler.set_stance("force_eager"):  # not worth a compilation of its own
+            for batch in (b for _ in range(self.STEPS) for b in next(steps).micro):
                 batch = batch.to(self.engine.device)
                 total += float(self.stage.loss(batch))
                 weight += float(batch.weights.sum())

@@ -9,6 +9,8 @@ from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.distill.scratch import from_scratch
 from mmmamba_edge.model.checkpoints import save_model
 
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
+
 RECIPE = """
 teacher = "teacher"
 {stages}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import distilling
 import mmmamba_edge.distill
@@ -138,7 +139,7 @@ def test_stages_can_be_left_out_and_run_alone(tmp_path, capsys):
     "change",
     [
         ["stage1.match=output", "stage1.train=['in_proj.weight', 'o_proj.weight']"],
-        ["stage1.relative=true", "stage1.layers=student"],
+        ["stage1.relative=true"],
         ["stage3.topk=5", "stage3.tau=2.0"],
         ["stage3.recompute=nothing", "data.positions=answers"],
         ["student.inherit=false", "student.mimic=false"],
@@ -283,6 +284,52 @@ def test_kill_9_and_resume_is_bit_for_bit(linear, tmp_path, stage, wait):
                 assert torch.equal(tensor, theirs[layer][name]), (number, layer, name)
 
 
+def test_metrics_tell_each_step_once(tmp_path, monkeypatch):
+    from mmmamba_edge.distill import training
+
+    recipe = distilling.make(tmp_path, stages="stages = [1]")
+    plain, calls = training.optimise, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "optimise", stopped)
+        assert distill(recipe, tmp_path / "run") == 130
+    with (tmp_path / "run/stage1/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # torn
+    assert [row["step"] for row in rows_whole(tmp_path / "run/stage1")] == [1, 2, 3, 4, 5]
+    (tmp_path / "run/stage1/.checkpoint.abc").mkdir()  # left by a kill while it was written
+    assert distill(recipe, tmp_path / "run", "--resume") == 0
+    assert [row["step"] for row in rows(tmp_path / "run/stage1")] == list(range(1, 9))
+    assert not list((tmp_path / "run/stage1").glob(".*"))
+
+
+def rows_whole(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for line in lines if line.endswith("}") and "loss" in (row := json.loads(line))]
+
+
+def test_a_trained_output_projection_is_handed_on(tmp_path):
+    recipe = distilling.make(tmp_path, stages="stages = [1, 2]")
+    sets = ["stage1.match=output", "stage1.train=['in_proj.weight', 'o_proj.weight']"]
+    assert distill(recipe, tmp_path / "run", *[x for s in sets for x in ("--set", s)]) == 0
+    first, second = (mixers(tmp_path / f"run/stage{n}/checkpoint") for n in (1, 2))
+    wo = open_checkpoint(tmp_path / "teacher").get("embedding_model.encoder.0.attention.wo.weight")
+    assert not torch.equal(first[0]["o_proj.weight"], wo)
+    assert torch.equal(second[0]["o_proj.weight"], first[0]["o_proj.weight"].bfloat16())
+
+
+def test_only_the_students_layers_are_converted_if_asked(tmp_path):
+    recipe = distilling.make(tmp_path, attention="[0]", stages="stages = [1]")
+    assert distill(recipe, tmp_path / "run", "--set", "stage1.layers=student") == 0
+    kinds = open_checkpoint(tmp_path / "run/stage1/checkpoint").config.layer_types
+    assert kinds == ("attention", "mamba2", "mamba2", "mamba2")
+
+
 def test_8_bit_adamw_resumes_bit_for_bit(tmp_path, monkeypatch):
     from mmmamba_edge.distill import training
 
@@ -303,8 +350,23 @@ def test_8_bit_adamw_resumes_bit_for_bit(tmp_path, monkeypatch):
     assert all(torch.equal(ours[i][name], theirs[i][name]) for i in ours for name in ours[i])
 
 
-def launched(recipe, out, launcher, *more):
-    """`distill` in two processes, started as users would."""
+STOPS_AT_5 = """
+import sys
+from mmmamba_edge.distill import training
+from mmmamba_edge.cli import main
+plain, calls = training.optimise, []
+def stopping(*args):
+    calls.append(1)
+    if len(calls) == 6:
+        sys.exit(0)
+    return plain(*args)
+training.optimise = stopping
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def launched(recipe, out, launcher, *more, code=None):
+    """`distill` in two processes, started as users would (or through `code`)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -319,7 +381,10 @@ def launched(recipe, out, launcher, *more):
         ],
     }[launcher]
     command = [sys.executable, "-m", launcher, *where]
-    command += ["-m", "mmmamba_edge", "distill", str(recipe), "--out", str(out), "--device", "cpu"]
+    script = out.parent / "script.py"
+    script.write_text(code or "")
+    command += [str(script)] if code else ["-m", "mmmamba_edge"]
+    command += ["distill", str(recipe), "--out", str(out), "--device", "cpu"]
     command += more
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
@@ -345,6 +410,19 @@ def test_two_processes_train_as_one(linear, tmp_path, launcher, more):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
 
 
+@pytest.mark.slow
+def test_a_sharded_run_resumes(linear, tmp_path):
+    """Moments of sharded weights come back to the process that holds the weights."""
+    recipe, whole = linear
+    more = ("--stage", "1", "--set", "engine.shard=true")
+    launched(recipe, tmp_path / "run", "torch.distributed.run", *more, "--set", "stage1.steps=8",
+             code=STOPS_AT_5)  # fmt: skip
+    assert rows(tmp_path / "run/stage1")[-1]["step"] == 5
+    launched(recipe, tmp_path / "run", "torch.distributed.run", *more, "--resume")
+    ours, theirs = (losses(run / "stage1") for run in (tmp_path / "run", whole))
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=0)
+
+
 # --- what goes wrong ----------------------------------------------------------------------------
 
 
@@ -359,6 +437,8 @@ def test_a_run_is_not_overwritten_or_mixed(linear, capsys):
         assert re.search(r"the run there has stage3 lr = 0.003, the recipe lr = 1.0", message)
     finally:
         (run / "stage3/aside").rename(run / "stage3/checkpoint")
+    assert distill(recipe, run, "--resume", "--set", "stage1.lr=9.0") == 2  # finished long ago
+    assert "stage1 lr = 0.01, the recipe lr = 9.0" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(
@@ -378,6 +458,32 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(
     message = capsys.readouterr().err
     assert "the loss is nan at step 6" in message
     assert "stage1/progress.safetensors, of step 3; --resume goes on there" in message
+    monkeypatch.undo()
+    assert distill(recipe, tmp_path / "run", "--resume") == 0
+
+
+def test_infinite_gradients_are_never_saved(tmp_path, capsys, monkeypatch):
+    """The loss of a step is that of the weights before it: healthy, when the step ruins them."""
+    from mmmamba_edge.distill import training
+
+    recipe = distilling.make(tmp_path, stages="stages = [1]")
+    plain, calls = training.optimise, []
+
+    def poisoned(stage, optimizer, parameters, *rest):
+        calls.append(1)
+        if len(calls) == 6:  # a step that is saved
+            hook = next(iter(parameters.values())).register_hook(lambda g: g * float("inf"))
+            try:
+                return plain(stage, optimizer, parameters, *rest)
+            finally:
+                hook.remove()
+        return plain(stage, optimizer, parameters, *rest)
+
+    monkeypatch.setattr(training, "optimise", poisoned)
+    assert distill(recipe, tmp_path / "run") == 2
+    assert "at step 6" in (message := capsys.readouterr().err) and "of step 3" in message
+    saved = load_file(tmp_path / "run/stage1/progress.safetensors")
+    assert all(torch.isfinite(x).all() for n, x in saved.items() if x.is_floating_point())
     monkeypatch.undo()
     assert distill(recipe, tmp_path / "run", "--resume") == 0
 
@@ -439,6 +545,7 @@ def test_attention_layers_by_name(choice, kept):
         ("student.attention_layers=head-interleaved 3", "must be a divisor of 4"),
         ("student.attention_layers=checkered 2", "head-interleaved"),
         ("stage1.train=['w']", "train: unknown w; known are A_log_bias"),
+        ("stage1.train=['o_proj.weight']", "o_proj.weight learns nothing from the heads"),
         ("stage1.steps=0", "steps must be at least 1"),
         ("stage1.steps=3", "warmup 2 and decay 2 are longer than steps 3"),
         ("stage1.colour=1", r"\[stage1\]: unknown key colour"),
@@ -455,7 +562,7 @@ def test_bad_recipes(tmp_path, capsys, change, message):
     recipe = distilling.make(tmp_path)
     assert distill(recipe, tmp_path / "run", "--set", change) == 2
     assert re.search(message, capsys.readouterr().err)
-    assert not list(tmp_path.glob("run/stage*/progress*"))
+    assert not (tmp_path / "run/stage1").exists(), "a corrected recipe may use the folder"
 
 
 def test_a_student_is_no_teacher(linear, capsys):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmmamba_edge.distill
 from mmmamba_edge.distill.scenes import reproduce
@@ -12,6 +13,8 @@ from mmmamba_edge.distill.scenes.reproduce import main
 from mmmamba_edge.distill.scenes.table_plan import read_plan
 from mmmamba_edge.distill.scenes.tokenizer import main as tokenizer_main
 from scene_art import make_art
+
+torch.set_num_threads(1)  # two workers share the cores of the tests
 
 RECIPES = Path(mmmamba_edge.distill.__file__).parent / "recipes"
 

@@ -6,10 +6,9 @@ checkpoints, where a GPU answers ten thousand questions in seconds.
 
 import numpy as np
 import torch
-from PIL import Image
 
+from mmmamba_edge.distill.batches import normalised
 from mmmamba_edge.distill.scenes.score import AnswerBatch
-from mmmamba_edge.image import normalise
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.prompt import get_template
 from mmmamba_edge.tokenizer import Tokenizer
@@ -42,10 +41,10 @@ def batch_answerer(model: MMMamba, tokenizer: Tokenizer) -> AnswerBatch:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.from_numpy(prompt)
             mask[row, : len(prompt)] = 1
-        pixels = torch.from_numpy(normalise([Image.fromarray(image) for image, _ in asked]))
+        pixels = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image, _ in asked]))
         state = model.new_state(len(asked), max_context=longest + ANSWER_TOKENS)
         logits, state = model.prefill(
-            ids.to(device), state, pixels.to(device), attention_mask=mask.to(device)
+            ids.to(device), state, normalised(pixels.to(device)), attention_mask=mask.to(device)
         )
         said = []
         ended = torch.zeros(len(asked), dtype=torch.bool, device=device)

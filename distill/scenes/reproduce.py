@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -42,7 +43,7 @@ from mmmamba_edge.distill.scenes.table_plan import Plan, Row, read_plan
 from mmmamba_edge.distill.scenes.vocabulary import Split
 from mmmamba_edge.distill.student import assemble
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.model.checkpoints import Checkpoint, load_model
+from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.mixer import Mamba2Mixer
 from mmmamba_edge.tokenizer import load_tokenizer
@@ -98,19 +99,32 @@ class Table:
         """Scenes and teacher, as far as they are not there."""
         scenes, digest = self.plan.scenes, hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
         sizes = (scenes.ramp, scenes.length, scenes.image_tokens, digest)
-        parts: list[tuple[Split, int | None, int]] = [
-            ("val", 2 if scenes.level is None else scenes.level, scenes.val),
-            ("train", scenes.level, scenes.count),
-        ]
-        for split, level, count in parts:
+
+        def render(split: Split, level: int | None, count: int) -> None:
             spec = Spec(split, 0, level, *sizes)
             write_cache(
                 spec, self.art, self.tokenizer, self.out / split, count=count, workers=workers
             )
-        if self.teacher.is_dir():
-            return
+
+        render("val", 2 if scenes.level is None else scenes.level, scenes.val)
+        # The teacher begins with the first scenes while the others are drawn.
+        with ThreadPoolExecutor(1) as beside:
+            drawn = beside.submit(render, "train", scenes.level, scenes.count)
+            self._train_teacher()
+            drawn.result()
+
+    def _train_teacher(self) -> None:
+        scenes = self.plan.scenes
         asked = self.plan.teacher
         config, data, train = read_recipe(asked.recipe)
+        if self.teacher.is_dir():
+            found = open_checkpoint(self.teacher).config
+            if found != config:
+                raise UserError(
+                    f"{self.teacher}: another recipe's teacher than {asked.recipe}; choose another "
+                    "--out"
+                )
+            return
         if config.variant != "teacher":
             raise UserError(f"{asked.recipe}: attention_layers must name every layer of a teacher")
         pretrain.run(
@@ -127,9 +141,9 @@ class Table:
         for row in self.plan.rows:
             for seed in row.seeds:
                 late = minutes is not None and time.perf_counter() - began > 60 * minutes
-                if only is None or row.name in only:
-                    results += self._student(score, row, seed, train=not late)
-                    self._report(results)
+                wanted = only is None or row.name in only
+                results += self._student(score, row, seed, train=wanted and not late)
+                self._report(results)
         self._report(results)
 
     def _student(self, score: "Scores", row: Row, seed: int, *, train: bool) -> list[dict]:
@@ -163,15 +177,10 @@ class SharedRun(Run):
         return self.out / "stages" / self.key(number)
 
     def facts(self, number: int) -> dict[str, Any]:
-        """What the stage and those before it depend on."""
-        recipe = self.recipe.facts()
-        done = [n for n in self.recipe.stages if n <= number]
-        student = dict(recipe["student"])
-        if number != 3 and all(getattr(self.recipe.stage(n), "layers", "") == "all" for n in done):
-            del student["attention_layers"]  # all are converted, whatever stays attention later
-        data = {key: value for key, value in recipe["data"].items() if key != "folder"}
-        tables = {"data": data, "engine": recipe["engine"]}
-        return {**tables, "student": student, "stages": [recipe[f"stage{n}"] for n in done]}
+        """As in `Run`, with the teacher's weights in place of its folder."""
+        facts = super().facts(number)
+        data = {key: value for key, value in facts["data"].items() if key != "folder"}
+        return {**facts, "teacher": self.file.weights_id(), "data": data, "validation": None}
 
     def key(self, number: int) -> str:
         """The folder's name: stage number and a digest of its facts."""
@@ -205,15 +214,17 @@ class Scores:
 
     def teacher(self) -> dict[str, Any]:
         """The teacher's own scores."""
-        model = load_model(self.table.teacher, self.table.engine.device, torch.float32)
-        return self._kept("teacher", lambda: {"kl": 0.0, **self._asked(model)})
+        file = open_checkpoint(self.table.teacher)
+        name = self._name(["teacher", file.weights_id()])
+        model = load_model(file, self.table.engine.device, torch.float32)
+        return self._kept(name, lambda: {"kl": 0.0, **self._asked(model)})
 
     def student(self, run: SharedRun) -> dict[str, Any]:
         """Those of a student, trained first if it has to be."""
         file = run.trained()
         stages = run.recipe.stages
-        facts = [str(run.recipe.student), *(run.key(n) for n in stages)]
-        name = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+        keys = [run.key(n) for n in stages]
+        name = self._name([run.file.weights_id(), str(run.recipe.student), *keys])
 
         def measure() -> dict[str, Any]:
             layers = sorted(set(range(len(run.teacher.layers))) - run.kept)
@@ -222,9 +233,16 @@ class Scores:
                 layers = [i for i in layers if i in there]
             mixers = run.mixers(layers, file)
             model = assemble(run.teacher, mixers)
-            return {"kl": self._distance(run, mixers), **self._asked(model.eval())}
+            distance = self._distance(run, mixers)
+            # Answers are given in float32, as the teacher's are, whatever it was trained in.
+            return {"kl": distance, **self._asked(model.float().eval())}
 
         return self._kept(name, measure)
+
+    def _name(self, facts: list[str]) -> str:
+        """Of a file of scores, by all that they depend on."""
+        text = "\n".join([*facts, str(self.table.plan.score)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _asked(self, model: MMMamba) -> dict[str, Any]:
         answer, batch = batch_answerer(model, self.tokenizer), self.table.plan.score.batch

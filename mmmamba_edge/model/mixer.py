@@ -5,7 +5,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,9 +172,18 @@ def causal_conv(
     return y, last.transpose(1, 2).contiguous()
 
 
-@cache
+_FOUND: dict[str, Any] = {}
+
+
 def conv_kernel() -> Callable[..., Tensor] | None:
     """causal-conv1d's kernel, or None where it is not installed or does not load."""
+    # In a table of its own, not behind functools.cache, which torch.compile does not see.
+    if "conv_kernel" not in _FOUND:
+        _FOUND["conv_kernel"] = _load_conv_kernel()
+    return _FOUND["conv_kernel"]
+
+
+def _load_conv_kernel() -> Callable[..., Tensor] | None:
     if importlib.util.find_spec("causal_conv1d") is None:
         return None
     try:
@@ -184,3 +193,9 @@ def conv_kernel() -> Callable[..., Tensor] | None:
             "causal-conv1d does not load (%s): using PyTorch", error
         )
         return None
+
+
+def look_up_kernels() -> None:
+    """Find the CUDA kernels that are installed, before torch.compile traces code that asks."""
+    ssd.mamba_kernel()
+    conv_kernel()

@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,9 +125,18 @@ def _half_precision(q: Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-@cache
+_FOUND: dict[str, Any] = {}
+
+
 def mamba_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
     """mamba-ssm's chunked scan, or None where it is not installed or does not load."""
+    # In a table of its own, not behind functools.cache, which torch.compile does not see.
+    if "mamba_kernel" not in _FOUND:
+        _FOUND["mamba_kernel"] = _load_mamba_kernel()
+    return _FOUND["mamba_kernel"]
+
+
+def _load_mamba_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
     if importlib.util.find_spec("mamba_ssm") is None:
         return None
     try:
