@@ -107,12 +107,13 @@ def verify(
         return figures
 
     stored = read(weights, f"the {manifest.quant} weights")
-    runner = OnnxRuntimeRunner(folder, verify=False)
     if weights.scheme.bits:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.exact.") as t:
             exact = OnnxRuntimeRunner(exact_twin(folder, Path(t)), verify=False)
             figures["exact"] = compare(exact, prompts, stored)
-            del exact  # its weights are copies
+            del exact  # its weights are copies: two sessions at a time are one too many
+    runner = OnnxRuntimeRunner(folder, verify=False)
+    if weights.scheme.bits:
         figures["shipped"] = compare(runner, prompts, stored)
     else:  # half-precision weights, which ONNX Runtime's CPU multiplies in float32
         figures["exact"] = compare(runner, prompts, stored)

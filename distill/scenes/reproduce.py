@@ -150,7 +150,7 @@ class Table:
         """A line of results; none where it would have to be trained and must not."""
         recipe = self.plan.recipe(row, seed, self.teacher, self.out / "train", self.out / "val")
         run = self.run(recipe)
-        if not (train or run.known()):
+        if not (train or score.known(run)):
             return []
         line = {"row": row.name, "group": row.group, "seed": seed}
         folders = [str(run.folder(n).relative_to(self.out)) for n in recipe.stages]
@@ -187,11 +187,6 @@ class SharedRun(Run):
         text = json.dumps(self.facts(number), sort_keys=True)
         return f"{number}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
-    def known(self) -> bool:
-        """Whether nothing is left to train."""
-        stages = self.recipe.stages
-        return not stages or self.finished(stages[-1]) is not None
-
     def trained(self) -> Checkpoint | None:
         """The last stage's student; None where there are no stages."""
         start = None
@@ -220,13 +215,10 @@ class Scores:
         return self._kept(name, lambda: {"kl": 0.0, **self._asked(model)})
 
     def student(self, run: SharedRun) -> dict[str, Any]:
-        """Those of a student, trained first if it has to be."""
-        file = run.trained()
-        stages = run.recipe.stages
-        keys = [run.key(n) for n in stages]
-        name = self._name([run.file.weights_id(), str(run.recipe.student), *keys])
+        """Those of a student; trained first, unless its scores are there already."""
 
         def measure() -> dict[str, Any]:
+            file = run.trained()
             layers = sorted(set(range(len(run.teacher.layers))) - run.kept)
             if file is not None:  # after stages 1 and 2 alone, layers to keep are the teacher's
                 there = [i for i, kind in enumerate(file.config.layer_types) if kind == "mamba2"]
@@ -237,7 +229,17 @@ class Scores:
             # Answers are given in float32, as the teacher's are, whatever it was trained in.
             return {"kl": distance, **self._asked(model.float().eval())}
 
-        return self._kept(name, measure)
+        return self._kept(self._name_of(run), measure)
+
+    def known(self, run: SharedRun) -> bool:
+        """Whether nothing is left to train: scores may outlive the weights they are of."""
+        stages = run.recipe.stages
+        there = (self.table.out / "scores" / f"{self._name_of(run)}.json").is_file()
+        return there or not stages or run.finished(stages[-1]) is not None
+
+    def _name_of(self, run: SharedRun) -> str:
+        keys = [run.key(n) for n in run.recipe.stages]
+        return self._name([run.file.weights_id(), str(run.recipe.student), *keys])
 
     def _name(self, facts: list[str]) -> str:
         """Of a file of scores, by all that they depend on."""

@@ -80,11 +80,14 @@ def plot_losses(results: list[Line], out: Path) -> None:
         seen = set()
         for line in (x for x in results if x["group"] == "main" and x["seed"] == 0):
             for folder in line.get("stages", ()):
+                metrics = out / folder / "metrics.jsonl"
                 if not Path(folder).name.startswith(f"{number}-") or folder in seen:
+                    continue
+                if not metrics.is_file():  # only the scores were kept
                     continue
                 seen.add(folder)
                 label = line["row"] if number == 3 else "both"
-                axis.plot(*_curve(out / folder / "metrics.jsonl"), label=label, linewidth=1.2)
+                axis.plot(*_curve(metrics), label=label, linewidth=1.2)
         axis.set(title=TITLES[number], xlabel="step", ylabel=UNITS[number], yscale="log")
         axis.grid(alpha=0.3, which="both")
         if seen:
