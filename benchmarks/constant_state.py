@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import mmmamba_edge as mm
+from mmmamba_edge.bench import resident_bytes
 
 
 def main() -> int:
@@ -72,12 +73,6 @@ def main() -> int:
             f"{row['state_bytes']:,} | {row['rss_bytes'] / 2**20:.1f} |"
         )
     return 0
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE")
 
 
 if __name__ == "__main__":

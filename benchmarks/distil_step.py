@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmmamba_edge.bench import peak_bytes
 from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.distill.batches import Batch
 from mmmamba_edge.distill.distill_recipe import LogitsConfig, MatchingConfig
@@ -227,7 +227,7 @@ def _memory(device: str) -> float:
 def _peak(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_bytes() / 2**30
 
 
 def _line(row: dict[str, Any]) -> str:

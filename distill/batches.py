@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cache
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from mmmamba_edge.config import IMAGE_MEAN, IMAGE_STD
+
+# Tokens that count in the loss: all real ones (the paper), or those that predict an answer's.
+Positions = Literal["all", "answers"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,14 @@ class Batch:
 
 def normalised(pixels: Tensor) -> Tensor:
     """(tiles, 3, height, width) uint8 -> float32, mean and deviation as in spec 7.3."""
-    mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD]).view(2, 3, 1, 1).to(pixels.device)
+    mean, std = _pixel_statistics(pixels.device)
     return (pixels.float() / 255 - mean) / std
+
+
+@cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD], device=device).view(2, 3, 1, 1)
+    return mean, std
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mmmamba_edge.config import Config
-from mmmamba_edge.distill.batches import Batch, Share, StepBatches
+from mmmamba_edge.distill.batches import Batch, Positions, Share, StepBatches
 from mmmamba_edge.distill.conversation_tokens import MAX_TILES, Tokens, pixels, tokenize
 from mmmamba_edge.distill.conversations import BadRow, RowFile, read_meta
 from mmmamba_edge.distill.permutation import Permutation
@@ -31,7 +31,6 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.prompt import get_template
 from mmmamba_edge.tokenizer import Tokenizer, check_tokenizer
 
-Positions = Literal["all", "answers"]
 AHEAD = 1  # steps whose pictures are decoded while the trainer computes
 
 _log = logging.getLogger(__name__)

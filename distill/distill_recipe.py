@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mmmamba_edge.distill.batches import Positions
 from mmmamba_edge.distill.tables import read_table, read_toml
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.recompute import Recompute
@@ -37,12 +38,12 @@ class StageConfig:
         log_every, save_every, validate_every: in steps.
     """
 
-    steps: int
     batch: int
     micro_batch: int
     lr: float
-    warmup: int
-    decay: int
+    steps: int = 20_000
+    warmup: int = 2_000
+    decay: int = 2_000
     train: tuple[str, ...]
     weight_decay: float = 0.05
     clip: float = 5.0
@@ -71,12 +72,9 @@ class MatchingConfig(StageConfig):
             share the stage), or those that are Mamba-2 in the "student".
     """
 
-    steps: int = 20_000
     batch: int = 128
     micro_batch: int = 2
     lr: float = 1e-3
-    warmup: int = 2_000
-    decay: int = 2_000
     train: tuple[str, ...] = NEW
     match: Match = "heads"
     relative: bool = False
@@ -108,12 +106,9 @@ class LogitsConfig(StageConfig):
             the whole distribution counts.
     """
 
-    steps: int = 20_000
     batch: int = 64
     micro_batch: int = 1
     lr: float = 5e-5
-    warmup: int = 2_000
-    decay: int = 2_000
     train: tuple[str, ...] = (*(n for n in NEW if n not in STEPS), *INHERITED)
     tau: float = 1.0
     recompute: Recompute = "layers"
@@ -170,7 +165,7 @@ class ConversationsConfig:
     meta: Path
     max_length: int = 8192
     max_tiles: int = 12
-    positions: Literal["all", "answers"] = "all"
+    positions: Positions = "all"
     window: int = 16
     seed: int = 0
     threads: int = 2
@@ -187,7 +182,7 @@ class ScenesConfig:
 
     folder: Path
     count: int
-    positions: Literal["all", "answers"] = "all"
+    positions: Positions = "all"
     seed: int = 0
 
 

@@ -112,10 +112,6 @@ class Engine:
         number = torch.as_tensor(value, dtype=torch.float64, device=self.device)
         return self._accelerator.reduce(number, "sum") if self.world > 1 else number  # pyright: ignore
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so: all must leave a loop together."""
-        return bool(self.total(float(flag)) > 0)
-
     def wait(self) -> None:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()
@@ -129,8 +125,3 @@ class Engine:
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one; every process must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def unwrapped(unit: nn.Module) -> nn.Module:
-    """The unit inside its DDP wrapper."""
-    return unit.module if isinstance(unit, DistributedDataParallel) else unit

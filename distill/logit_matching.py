@@ -81,9 +81,6 @@ class LogitMatching:
         """The sum over tokens, nothing learnt."""
         return self._distance(batch)
 
-    def close(self) -> None:
-        """Nothing to undo."""
-
     def _distance(self, batch: Batch) -> Tensor:
         with self.engine.autocast():
             return self.units[0](batch, self._teach(batch), self._head)

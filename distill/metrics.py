@@ -1,7 +1,6 @@
 """What a run says of itself: a line on the terminal, JSONL beside the progress, TensorBoard."""
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmmamba_edge.bench import peak_bytes
 from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.whole import new_file
 
@@ -29,7 +29,7 @@ class Metrics:
         self._began = self._tick = time.perf_counter()
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
-        self._tokens = self._logged = 0
+        self._tokens = 0
         self._file = self._board = None
         if engine.is_main:
             _forget(out / "metrics.jsonl", start)
@@ -132,8 +132,7 @@ def _memory(device: torch.device) -> float:
     """Peak memory in GiB: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return peak_bytes() / 2**30
 
 
 def _clock(seconds: float) -> str:

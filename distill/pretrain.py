@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import Queue
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmmamba_edge.config import IMAGE_MEAN, IMAGE_STD, Config
+from mmmamba_edge.config import Config
+from mmmamba_edge.distill.batches import normalised
 from mmmamba_edge.distill.cuda_graph import graphed
 from mmmamba_edge.distill.perception import PerceptionHeads
 from mmmamba_edge.distill.progress import load_progress, save_progress
@@ -354,15 +355,8 @@ def rows_as_tensors(
 def to_device(row: dict[str, Tensor], device: str) -> dict[str, Tensor]:
     """A batch on the device, its images normalised to (batch, 3, height, width) float32."""
     row = {key: value.to(device, non_blocking=True) for key, value in row.items()}
-    mean, std = _pixel_statistics(device)
-    row["images"] = (row["images"].permute(0, 3, 1, 2).float() / 255 - mean) / std
+    row["images"] = normalised(row["images"].permute(0, 3, 1, 2))
     return row
-
-
-@cache
-def _pixel_statistics(device: str) -> tuple[Tensor, Tensor]:
-    mean, std = torch.tensor([IMAGE_MEAN, IMAGE_STD], device=device).view(2, 1, 3, 1, 1)
-    return mean, std
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoint, save_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.mixer import Mamba2Mixer
-from mmmamba_edge.tokenizer import TOKENIZER_FILES, load_tokenizer
+from mmmamba_edge.tokenizer import load_tokenizer, tokenizer_files
 from mmmamba_edge.whole import new_file
 
 
@@ -144,9 +144,7 @@ class Run:
             save_checkpoint(
                 folder, config, lambda name: student_tensors(self.file, config, tensors, name),
                 dtype=getattr(torch, self.recipe.dtype) if last else None,
-                extra_files=[
-                    f for n in TOKENIZER_FILES if (f := self.file.folder / n).is_file()
-                ],
+                extra_files=tokenizer_files(self.file.folder),
             )  # fmt: skip
             print(f"wrote {folder}", file=sys.stderr)
         self.engine.wait()

@@ -18,7 +18,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import Checkpoint, save_checkpoint
 from mmmamba_edge.model.layers import split_wqkv
 from mmmamba_edge.model.tensor_names import layer_prefix, mixer_shapes
-from mmmamba_edge.tokenizer import TOKENIZER_FILES
+from mmmamba_edge.tokenizer import tokenizer_files
 
 DT_RANGE = (0.001, 0.1)
 A_LOG = 1.0  # a = -exp(1)
@@ -80,7 +80,7 @@ def seed_checkpoint(
             seeded[layer] = seed_mixer(wqkv, wo, config, layer, Seeding(seed))
         return seeded[layer][local]
 
-    tokenizer = [f for n in TOKENIZER_FILES if (f := teacher.folder / n).is_file()]
+    tokenizer = tokenizer_files(teacher.folder)
     record = {"seed": seed, "attention_layers": sorted(keep), "teacher": teacher.weights_id()}
     texts = {"seed.json": json.dumps(record, indent=2) + "\n"}
     save_checkpoint(out, config, get, extra_files=tokenizer, extra_texts=texts)

@@ -5,6 +5,7 @@ no number, a full disk or Ctrl-C end it with a message that names what was saved
 """
 
 from collections.abc import Generator, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -42,7 +43,7 @@ class Stage(Protocol):
 
 def train(
     stage: Stage, source: Source, engine: Engine, config: StageConfig, out: Path, title: str,
-    *, kind: EngineConfig, validation: Source | None = None, stop_at: int | None = None,
+    *, kind: EngineConfig, validation: Source | None = None,
 ) -> None:  # fmt: skip
     """Train a stage's mixers to the end of its schedule, from `out`'s progress if there is any.
 
@@ -55,7 +56,6 @@ def train(
         title: of the progress line.
         kind: which optimiser.
         validation: held-out rows; their mean loss is measured now and then.
-        stop_at: leave off after this step, as a kill would (progress is saved); for tests.
     """
     parameters = trained(stage.mixers)
     optimizer = make_optimizer(parameters, config, kind, engine)
@@ -79,7 +79,7 @@ def train(
             loss, norm = optimise(stage, optimizer, parameters, batches, engine, config.clip, rate)
             metrics.count(loss, norm, sum(batch.tokens for batch in batches.micro))
             done = step + 1
-            last = done >= config.steps or done == stop_at
+            last = done >= config.steps
             if last or done % config.log_every == 0:
                 _check_finite(metrics.log(done, rate), done, out, saved, engine)
             if last or done % config.save_every == 0:
@@ -92,8 +92,6 @@ def train(
                 saved = done
             if last or done % config.validate_every == 0:
                 validate(metrics, done)
-            if last:
-                return
     except UserError as error:
         if saved and "--resume" not in str(error):
             raise UserError(f"{error}\n{_resume_hint(out, saved)}") from error
@@ -165,15 +163,19 @@ class Validation:
     def __call__(self, metrics: Metrics, step: int) -> None:
         if self.source is None:
             return
-        total = weight = 0.0
-        steps = self.source.steps(None, self.share)
-        with torch.compiler.set_stance("force_eager"):  # not worth a compilation of its own
-            for batch in (b for _ in range(self.STEPS) for b in next(steps).micro):
-                batch = batch.to(self.engine.device)
-                total += float(self.stage.loss(batch))
-                weight += float(batch.weights.sum())
-        mean = self.engine.total(total) / self.engine.total(weight)
-        metrics.validation(step, float(mean))
+        loss = mean_loss(self.stage, self.source, self.engine, self.share, self.STEPS)
+        metrics.validation(step, loss)
+
+
+def mean_loss(stage: Stage, source: Source, engine: Engine, share: Share, steps: int) -> float:
+    """A stage's loss per weighted token over a source's first steps, in all processes together."""
+    total = weight = 0.0
+    with torch.compiler.set_stance("force_eager"):  # not worth a compilation of its own
+        for batch in (b for step in islice(source.steps(None, share), steps) for b in step.micro):
+            batch = batch.to(engine.device)
+            total += float(stage.loss(batch))
+            weight += float(batch.weights.sum())
+    return float(engine.total(total) / engine.total(weight))
 
 
 def ahead(steps: Iterator[StepBatches], depth: int = 1) -> Generator[StepBatches, None, None]:

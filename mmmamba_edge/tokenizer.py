@@ -245,9 +245,14 @@ def check_tokenizer(tokenizer: Tokenizer, config: Config) -> None:
         )
 
 
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The tokenizer's files that are in a folder."""
+    return [file for name in TOKENIZER_FILES if (file := Path(folder) / name).is_file()]
+
+
 def save_tokenizer_files(source: str | Path, target: str | Path) -> list[str]:
     """Copy the tokenizer files of one folder into another; returns their names."""
-    names = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+    names = [file.name for file in tokenizer_files(source)]
     for name in names:
         with new_file(Path(target) / name) as part:
             shutil.copyfile(Path(source) / name, part)

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 from mmmamba_edge.distill.batches import normalised
+from mmmamba_edge.distill.scenes.eval_command import ANSWER_TOKENS
 from mmmamba_edge.distill.scenes.score import AnswerBatch
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.prompt import get_template
 from mmmamba_edge.tokenizer import Tokenizer
-
-ANSWER_TOKENS = 48  # the longest caption takes about 40
 
 
 def batch_answerer(model: MMMamba, tokenizer: Tokenizer) -> AnswerBatch:
@@ -22,11 +21,11 @@ def batch_answerer(model: MMMamba, tokenizer: Tokenizer) -> AnswerBatch:
     Every question is a conversation of its own, its prompt exactly that of chat.
     """
     template = get_template(model.config.template)
-    stops = torch.tensor(sorted(template.stop_ids(tokenizer)))
+    device = model.language_model.output.weight.device
+    stops = torch.tensor(sorted(template.stop_ids(tokenizer)), device=device)
 
     @torch.inference_mode()
     def answer(asked: list[tuple[np.ndarray, str]]) -> list[str]:
-        device = model.language_model.output.weight.device
         prompts = [
             tokenizer.encode(
                 template.opening()
@@ -51,7 +50,7 @@ def batch_answerer(model: MMMamba, tokenizer: Tokenizer) -> AnswerBatch:
         for _ in range(ANSWER_TOKENS):
             token = logits.argmax(-1)
             said.append(token.cpu())
-            ended |= torch.isin(token, stops.to(device))
+            ended |= torch.isin(token, stops)
             if bool(ended.all()):
                 break
             logits, state = model.step(token, state)

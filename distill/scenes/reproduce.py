@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from mmmamba_edge.distill.scenes.score import Sample, score_batch
 from mmmamba_edge.distill.scenes.table_plan import Plan, Row, read_plan
 from mmmamba_edge.distill.scenes.vocabulary import Split
 from mmmamba_edge.distill.student import assemble
+from mmmamba_edge.distill.training import mean_loss
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
@@ -180,7 +182,12 @@ class SharedRun(Run):
         """As in `Run`, with the teacher's weights in place of its folder."""
         facts = super().facts(number)
         data = {key: value for key, value in facts["data"].items() if key != "folder"}
-        return {**facts, "teacher": self.file.weights_id(), "data": data, "validation": None}
+        return {**facts, "teacher": self.teacher_id, "data": data, "validation": None}
+
+    @cached_property
+    def teacher_id(self) -> str:
+        """SHA-256 over the teacher's weights; every key asks for it."""
+        return self.file.weights_id()
 
     def key(self, number: int) -> str:
         """The folder's name: stage number and a digest of its facts."""
@@ -239,7 +246,7 @@ class Scores:
 
     def _name_of(self, run: SharedRun) -> str:
         keys = [run.key(n) for n in run.recipe.stages]
-        return self._name([run.file.weights_id(), str(run.recipe.student), *keys])
+        return self._name([run.teacher_id, str(run.recipe.student), *keys])
 
     def _name(self, facts: list[str]) -> str:
         """Of a file of scores, by all that they depend on."""
@@ -258,13 +265,8 @@ class Scores:
         stage = LogitMatching(run.teacher, mixers, run.engine)
         assert run.validation is not None
         rows = min(64, self.table.plan.scenes.val)
-        steps = run.validation.steps(None, run.engine.share(rows, rows))
-        total = weight = 0.0
-        for batch in (b for step in islice(steps, VALIDATION_STEPS) for b in step.micro):
-            batch = batch.to(run.engine.device)
-            total += float(stage.loss(batch))
-            weight += float(batch.weights.sum())
-        return total / weight
+        share = run.engine.share(rows, rows)
+        return mean_loss(stage, run.validation, run.engine, share, VALIDATION_STEPS)
 
     def _kept(self, name: str, measure) -> dict[str, Any]:
         path = self.table.out / "scores" / f"{name}.json"

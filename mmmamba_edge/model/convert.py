@@ -20,13 +20,13 @@ from mmmamba_edge.model.checkpoints import (
     tensor_report,
 )
 from mmmamba_edge.model.tensor_names import layer_prefix, training_shapes
-from mmmamba_edge.tokenizer import TOKENIZER_FILES
+from mmmamba_edge.tokenizer import tokenizer_files
 
 
 def convert_layout(folder: Path, out: Path, layout: Layout) -> None:
     """Write a checkpoint's tensors in another layout. Every tensor survives, bit for bit."""
     source = open_checkpoint(folder)
-    files = [f for name in TOKENIZER_FILES if (f := folder / name).is_file()]
+    files = tokenizer_files(folder)
     save_checkpoint(out, source.config, source.get, layout=layout, extra_files=files)
 
 
@@ -71,7 +71,7 @@ def convert_stages(files: list[Path], teacher: Path, out: Path, layout: Layout) 
 
     save_checkpoint(
         out, config, get, layout=layout,
-        extra_files=[f for name in TOKENIZER_FILES if (f := teacher / name).is_file()],
+        extra_files=tokenizer_files(teacher),
     )  # fmt: skip
     return config
 
