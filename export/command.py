@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that a hybrid's attention layers keep (default: as trained, at most 4096)",
     )
+    add(
+        "--cache",
+        choices=["float32", "float16"],
+        help="what a hybrid's attention layers keep keys and values as (default: float32)",
+    )
     add("--json", action="store_true", help="print one JSON object: the verification figures")
     parser.epilog = (
         "example: mmmamba-edge export weights/mmMamba-linear --to onnx --out build/linear "
@@ -62,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     manifest = export_onnx(
         args.checkpoint, args.out, quant=args.quant, group_size=args.group_size, ops=args.ops,
-         max_context=args.max_context,
+        max_context=args.max_context, cache=args.cache,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(_as_json(args.out, manifest) if args.json else _as_text(args.out, manifest))

@@ -13,25 +13,32 @@ import torch
 from numpy.typing import NDArray
 
 from mmmamba_edge.config import Config, StackConfig
-from mmmamba_edge.export.graph_writer import FLOAT, INT64, GraphWriter
+from mmmamba_edge.export.graph_writer import FLOAT, FLOAT16, INT64, GraphWriter
 from mmmamba_edge.export.ops import Cache, Ops
 from mmmamba_edge.export.weights import HEAD, Weights
-from mmmamba_edge.manifest import StateTensor
+from mmmamba_edge.manifest import StateTensor, is_cache
 from mmmamba_edge.model.layers import rope_tables
 from mmmamba_edge.model.mixer import G_NORM_EPS
 from mmmamba_edge.quant.codes import take_rows
 
+KINDS = {"float32": FLOAT, "float16": FLOAT16}  # dtypes of state tensors
 
-def state_layout(config: Config, max_context: int | None) -> tuple[StateTensor, ...]:
-    """The decoder's state tensors, in graph order."""
+
+def state_layout(
+    config: Config, max_context: int | None, cache: str = "float32"
+) -> tuple[StateTensor, ...]:
+    """The decoder's state tensors, in graph order; `cache`: of attention layers' keys and values."""
     return tuple(
-        StateTensor(f"{layer}.{name}", (1, *shape))
+        StateTensor(f"{layer}.{name}", (1, *shape), cache if is_cache(name) else "float32")
         for layer in range(len(config.layer_types))
         for name, shape in config.state_shapes(layer, max_context or 0).items()
     )
 
 
-def write_decoder(graph: GraphWriter, ops: Ops, weights: Weights, max_context: int | None) -> None:
+def write_decoder(
+    graph: GraphWriter, ops: Ops, weights: Weights, max_context: int | None,
+    cache: str = "float32",
+) -> None:  # fmt: skip
     """Write the decoder into `graph`.
 
     Args:
@@ -39,17 +46,18 @@ def write_decoder(graph: GraphWriter, ops: Ops, weights: Weights, max_context: i
         ops: the dialect, bound to `graph`.
         weights: of the checkpoint.
         max_context: tokens that the attention caches are made for; None without such layers.
+        cache: dtype of those caches.
     """
-    config = weights.config
+    config, layout = weights.config, state_layout(weights.config, max_context, cache)
     x = graph.input("inputs_embeds", FLOAT, [1, "tokens", config.hidden_size])
     keep = graph.input("logits_to_keep", INT64, [1])
     attends = "attention" in config.layer_types
     past_length = graph.input("past_length", INT64, [1]) if attends else ""
     caches: dict[str, Cache] = {}
-    for tensor in state_layout(config, max_context):
-        cache = Cache(f"past_state.{tensor.name}", f"present_state.{tensor.name}")
-        caches[tensor.name] = cache
-        graph.input(cache.past, FLOAT, list(tensor.shape))
+    for tensor in layout:
+        past, present = f"past_state.{tensor.name}", f"present_state.{tensor.name}"
+        caches[tensor.name] = Cache(past, present, KINDS[tensor.dtype])
+        graph.input(past, KINDS[tensor.dtype], list(tensor.shape))
 
     stream = _Stream(graph, ops, weights, x)
     ropes: dict[StackConfig, tuple[str, str]] = {}
@@ -80,8 +88,8 @@ def write_decoder(graph: GraphWriter, ops: Ops, weights: Weights, max_context: i
     graph.rename(logits, "logits")
 
     graph.output("logits", FLOAT, [1, "kept", config.vocab_size])
-    for tensor in state_layout(config, max_context):
-        graph.output(caches[tensor.name].present, FLOAT, list(tensor.shape))
+    for tensor in layout:
+        graph.output(caches[tensor.name].present, KINDS[tensor.dtype], list(tensor.shape))
 
 
 class _Stream:

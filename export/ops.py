@@ -25,6 +25,7 @@ class Cache:
 
     past: str
     present: str
+    kind: int = FLOAT  # element type
 
 
 class Ops(Protocol):
@@ -98,7 +99,8 @@ class Ops(Protocol):
             stack: head counts and sizes.
             past_length: (1,) int64, tokens that the cache holds.
             rope: cosines and sines, each (max_context, head_dim / 2).
-            key: (1, kv_heads, max_context, head_dim); tokens are written behind `past_length`.
+            key: (1, kv_heads, max_context, head_dim), float32 or float16; tokens are written
+                behind `past_length`.
             value: likewise.
 
         Returns:

@@ -122,12 +122,18 @@ class StandardOps:
         )
         q, k = (g.one("RotaryEmbedding", part, *rope, positions) for part in (q, k))
         for new, cache in ((k, key), (v, value)):
+            if cache.kind != FLOAT:
+                new = g.one("Cast", new, to=cache.kind)
             g.node("TensorScatter", [cache.past, new, past_length], [cache.present], axis=2)
         # Over the whole cache: what is not written yet is masked, as is what comes later.
         columns = g.one("Shape", key.past, start=2, end=3)
         columns = g.one("Range", *self._scalars(g.ints(0), columns, g.ints(1)))
         mask = g.one("LessOrEqual", columns, before)
-        y = g.one("Attention", q, key.present, value.present, mask, label="attention")
+        present = [
+            cache.present if cache.kind == FLOAT else g.one("Cast", cache.present, to=FLOAT)
+            for cache in (key, value)
+        ]
+        y = g.one("Attention", q, *present, mask, label="attention")
         return g.one("Reshape", g.one("Transpose", y, perm=[0, 2, 1, 3]), g.ints(0, 0, -1))
 
     def _add_positions(self, x: str, past_length: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import mmmamba_edge
 from mmmamba_edge.bundle import new_bundle, write_manifest
 from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.export.decoder_graph import state_layout, write_decoder
+from mmmamba_edge.export.decoder_graph import KINDS, state_layout, write_decoder
 from mmmamba_edge.export.graph_writer import GraphWriter
 from mmmamba_edge.export.ops import Ops
 from mmmamba_edge.export.ops_fused import FusedOps
@@ -37,6 +37,7 @@ def export_onnx(
     group_size: int | None = None,
     ops: str = "com.microsoft",
     max_context: int | None = None,
+    cache: str | None = None,
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -49,6 +50,8 @@ def export_onnx(
         ops: "com.microsoft", ONNX Runtime's own operators, or "standard", plain opset 27.
         max_context: tokens that attention layers keep; None: `context_limit`. Not for a linear
             model, which has no limit.
+        cache: dtype of the attention layers' keys and values: "float32", or "float16", half the
+            memory; None: float32. Not for a linear model.
         report: told in a line what is being done.
 
     Returns:
@@ -70,10 +73,11 @@ def export_onnx(
             "is not exported; run it in PyTorch with load_model"
         )
     context = context_limit(config, max_context)
+    kept = cache_dtype(config, cache)
 
     with new_bundle(out) as folder:
         weights = Weights(source, stored)
-        graphs = _write_graphs(folder, DIALECTS[ops], weights, context, say)
+        graphs = _write_graphs(folder, DIALECTS[ops], weights, context, kept, say)
         (folder / TOKENIZER).mkdir()
         tokenizer = save_tokenizer_files(source.folder, folder / TOKENIZER)
         if not tokenizer:
@@ -87,7 +91,7 @@ def export_onnx(
             ops=ops,
             opset=DIALECTS[ops].opset,
             graphs=graphs,
-            state=state_layout(config, context),
+            state=state_layout(config, context, kept),
             max_context=context,
             tokenizer=tuple(tokenizer),
             settings=_settings(config, stored, DIALECTS[ops]),
@@ -129,6 +133,18 @@ def context_limit(config: Config, asked: int | None) -> int | None:
     return asked or int(min(trained, DEFAULT_CONTEXT))
 
 
+def cache_dtype(config: Config, asked: str | None) -> str:
+    """What the attention layers' keys and values are kept as."""
+    if asked is not None and asked not in KINDS:
+        raise UserError(f"--cache {asked}: known are {', '.join(KINDS)}")
+    if asked is not None and not _attending(config):
+        raise UserError(
+            "--cache: this model has no attention layer, so it keeps no keys and values; leave the "
+            "option out"
+        )
+    return asked or "float32"
+
+
 def _stretch(stack: StackConfig) -> float:
     """How much longer than max_position_embeddings linear scaling makes the trained context."""
     scaling = stack.rope_scaling
@@ -136,13 +152,13 @@ def _stretch(stack: StackConfig) -> float:
 
 
 def _write_graphs(
-    folder: Path, dialect: type[Ops], weights: Weights, context: int | None, say: Report
+    folder: Path, dialect: type[Ops], weights: Weights, context: int | None, cache: str, say: Report
 ) -> dict[str, str]:
     graphs = {}
     for name, write in (
         ("vision", write_vision),
         ("embed", write_embed),
-        ("decoder", partial(write_decoder, max_context=context)),
+        ("decoder", partial(write_decoder, max_context=context, cache=cache)),
     ):
         say(f"writing {name}.onnx")
         with GraphWriter(folder, name, dialect.opset) as graph:

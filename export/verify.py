@@ -31,6 +31,8 @@ Floats = NDArray[np.float32]
 # Signal to error in dB below which a bundle is refused.
 # Same numbers summed in another order: measured 85 to 130, the goldens' worst-conditioned included.
 EXACT_DB = 75.0
+# Keys and values kept in float16 lose 11 bits of 24: measured 59 to 92, the goldens' the lowest.
+HALF_CACHE_DB = 50.0
 # Quantised against float32, all positions together. Goldens with random weights reach 13, models
 # with trained-like scales 29 to 40; below 10 it is another model. A finer judgement needs data.
 QUANTISED_DB = 10.0
@@ -94,6 +96,8 @@ def verify(
 
         return read_streamed(seen, [(p.ids, p.pixels) for p in prompts], progress)
 
+    half = any(tensor.dtype == "float16" for tensor in manifest.state)
+    exact_db = HALF_CACHE_DB if half else EXACT_DB
     figures: dict[str, Any] = {
         "prompts": len(prompts),
         "positions": sum(len(prompt.ids) for prompt in prompts),
@@ -103,12 +107,12 @@ def verify(
     if manifest.quant == "none":
         runner = OnnxRuntimeRunner(folder, verify=False)
         figures["float32"] = compare(runner, prompts, plain)
-        _require(figures["float32"], _ALL, EXACT_DB, "float32 graph against PyTorch")
+        _require(figures["float32"], _ALL, exact_db, "float32 graph against PyTorch")
         return figures
 
     stored = read(weights, f"the {manifest.quant} weights")
     if weights.scheme.bits:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.exact.") as t:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="exact.") as t:
             exact = OnnxRuntimeRunner(exact_twin(folder, Path(t)), verify=False)
             figures["exact"] = compare(exact, prompts, stored)
             del exact  # its weights are copies: two sessions at a time are one too many
@@ -118,7 +122,7 @@ def verify(
     else:  # half-precision weights, which ONNX Runtime's CPU multiplies in float32
         figures["exact"] = compare(runner, prompts, stored)
     what = f"{manifest.quant} graph against PyTorch on its own weights"
-    _require(figures["exact"], _ALL, EXACT_DB, what)
+    _require(figures["exact"], _ALL, exact_db, what)
     figures["float32"] = compare(runner, prompts, plain)
     limit = FOUR_BIT_DB if weights.scheme.bits == 4 else QUANTISED_DB
     _require(figures["float32"], ("sqnr_db",), limit, f"{manifest.quant} graph against float32")

@@ -40,6 +40,11 @@ class StateTensor:
         return math.prod(self.shape) * _DTYPES[self.dtype]
 
 
+def is_cache(name: str) -> bool:
+    """Whether a state tensor has a row for each token read: an attention layer's keys or values."""
+    return name.rpartition(".")[2] in ("key", "value")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything a runtime must know before it opens a graph. Field by field in FORMAT.md."""

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -8,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mmmamba_edge.errors import UserError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: what a kill leaves stays until someone removes it
+    fcntl = None
 
 
 @contextmanager
@@ -43,6 +49,8 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place on success and goes on any failure.
 
+    Even a kill leaves no half of `path`; what it leaves beside it, the next call removes.
+
     Args:
         path: the folder to be. An empty one there is taken.
         refuse: says of a folder with something in it why it must not be replaced; an empty answer
@@ -53,13 +61,15 @@ def new_folder(
             runs; and for an OSError inside it.
     """
     target = Path(os.path.abspath(path))
-    part = None
+    part = lock = None
     try:
         reason = _in_the_way(target, refuse)
         if reason:
             raise UserError(f"{path}: {reason}; choose another folder or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _remove_left_over(target)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PART, dir=target.parent))
+        lock = _lock(part)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     try:
@@ -70,6 +80,35 @@ def new_folder(
         raise UserError(f"{path}: not written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+_PART = ".part"  # how temporary folders end
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove temporary folders whose writer was killed: a live one holds a lock."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}{re.escape(_PART)}")
+    for part in target.parent.iterdir():
+        if fcntl is not None and part.is_dir() and pattern.fullmatch(part.name):
+            lock = _lock(part)
+            if lock is not None:
+                shutil.rmtree(part, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """The open, locked folder; None where another process holds it or locks do not exist."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _in_the_way(target: Path, refuse: Callable[[Path], str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmmamba_edge.manifest import StateTensor
+from mmmamba_edge.manifest import StateTensor, is_cache
 
 
 class Tensor:
@@ -74,8 +74,3 @@ class OnnxState:
             used = array[:, : self.tokens] if is_cache(name) else array
             out[name] = used.astype(np.float32)  # a copy
         return out
-
-
-def is_cache(name: str) -> bool:
-    """Whether a state tensor has a row for each token read: an attention layer's keys or values."""
-    return name.endswith((".key", ".value"))

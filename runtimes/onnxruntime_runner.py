@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mmmamba_edge.bundle import read_manifest, verify_files
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.manifest import TOKENIZER, Manifest
+from mmmamba_edge.manifest import TOKENIZER, Manifest, is_cache
 from mmmamba_edge.runtimes.base import Arrays, Progress, State
 from mmmamba_edge.runtimes.checks import check_ids, check_pictures, check_room, check_state
-from mmmamba_edge.runtimes.onnx_state import OnnxState, Tensor, is_cache
+from mmmamba_edge.runtimes.onnx_state import OnnxState, Tensor
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -366,6 +366,36 @@ def test_prompts_are_cut_only_where_they_may_be():
     assert [len(p.ids) for p in verify.make_prompts(config, 18)] == [1, 17, 18]
 
 
+@pytest.mark.parametrize("ops", DIALECT_NAMES)
+def test_caches_in_half_precision(tmp_path, ops):
+    source = checkpoint("small", "hybrid")
+    half = export_onnx(source, tmp_path / "half", ops=ops, max_context=256, cache="float16")
+    full = export_onnx(source, tmp_path / "full", ops=ops, max_context=256)
+    cache = 2 * 2 * 256 * 32  # keys and values of 2 heads
+    assert full.state_bytes - half.state_bytes == 2 * cache
+    kinds = {t.name.rpartition(".")[2]: t.dtype for t in half.state}
+    assert kinds == {"key": "float16", "value": "float16", "conv": "float32", "ssm": "float32"}
+    # Worse than float32 only by the rounding of keys and values, and no worse than that.
+    assert 70 < half.verification["float32"]["sqnr_db"] < full.verification["float32"]["sqnr_db"]
+
+    runner = OnnxRuntimeRunner(tmp_path / "half")
+    ids = np.arange(20, 60)
+    whole, _ = runner.prefill(ids)
+    whole = whole.copy()
+    _, state = runner.prefill(ids[:30])
+    again = runner.load_state(state.arrays(), state.tokens)  # by way of the neutral float32
+    for token in ids[30:]:
+        logits, again = runner.step(int(token), again)
+    np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-4)
+
+
+def test_half_precision_caches_need_a_cache(tmp_path):
+    with pytest.raises(UserError, match="--cache: this model has no attention layer"):
+        export_onnx(checkpoint("small", "linear"), tmp_path / "out", cache="float16")
+    with pytest.raises(UserError, match="--cache int4: known are float32, float16"):
+        export_onnx(checkpoint("small", "hybrid"), tmp_path / "out", cache="int4")
+
+
 # --- bad options, bad models ---------------------------------------------------------------------
 
 

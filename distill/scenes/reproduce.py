@@ -9,7 +9,8 @@
     OUT/scores/KEY.json       what a model answers
     OUT/results.json, table.md, *.png
 
-A killed table goes on where it was; every stage resumes by itself.
+A killed table goes on where it was; every stage resumes by itself. Several processes may fill one
+table at a time, each with `--only` rows of its own: a stage that two of them need is trained once.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -50,6 +53,11 @@ from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.mixer import Mamba2Mixer
 from mmmamba_edge.tokenizer import load_tokenizer
 from mmmamba_edge.whole import new_file
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: one process at a time
+    fcntl = None
 
 STAGES = {1: stage1.run_stage, 2: stage2.run_stage, 3: stage3.run_stage}
 VALIDATION_STEPS = 4  # batches of held-out scenes that the distance from the teacher is taken over
@@ -139,13 +147,18 @@ class Table:
         """Train and score what is missing; the report is written anew after every student."""
         began = time.perf_counter()
         score = Scores(self)
-        results = [{"row": "teacher", "group": "main", "seed": 0, **score.teacher()}]
-        for row in self.plan.rows:
-            for seed in row.seeds:
-                late = minutes is not None and time.perf_counter() - began > 60 * minutes
-                wanted = only is None or row.name in only
-                results += self._student(score, row, seed, train=wanted and not late)
-                self._report(results)
+        teacher = {"row": "teacher", "group": "main", "seed": 0, **score.teacher()}
+        students = [(row, seed) for row in self.plan.rows for seed in row.seeds]
+        results = [teacher]
+        for row, seed in students:
+            late = minutes is not None and time.perf_counter() - began > 60 * minutes
+            wanted = only is None or row.name in only
+            results += self._student(score, row, seed, train=wanted and not late)
+            self._report(results)
+        # Once more: other processes may have trained students that were passed over above.
+        results = [teacher]
+        for row, seed in students:
+            results += self._student(score, row, seed, train=False)
         self._report(results)
 
     def _student(self, score: "Scores", row: Row, seed: int, *, train: bool) -> list[dict]:
@@ -198,8 +211,19 @@ class SharedRun(Run):
         """The last stage's student; None where there are no stages."""
         start = None
         for number in self.recipe.stages:
-            start = self.finished(number) or STAGES[number](self, start)
+            with self._alone(number):
+                start = self.finished(number) or STAGES[number](self, start)
         return start
+
+    @contextmanager
+    def _alone(self, number: int) -> Iterator[None]:
+        """While no other process trains this stage; the lock goes with a killed process."""
+        folder = self.folder(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 class Scores:
