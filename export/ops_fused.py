@@ -1,10 +1,15 @@
-"""The default dialect: ONNX Runtime's com.microsoft operators.
+"""The default dialect: ONNX Runtime's com.microsoft operators, where they are the faster ones.
 
-Each of them has a CPU kernel in ONNX Runtime 1.32 that may write the state over the one it reads
-(exact, for one token and for many), so a decoding step copies and allocates no state.
+The state may be written over the one that is read: LinearAttention and GroupQueryAttention have CPU
+kernels in ONNX Runtime 1.32 that allow it (exact, for one token and for many), and the conv's last
+column is taken from a copy. So a decoding step copies and allocates no SSD state and no cache.
+CausalConvWithState and GatedRMSNorm are not used: plain operators are 3 times as fast for a token
+and 10 to 20 times for a prompt (docs/performance.md).
 """
 
 from typing import Any
+
+import numpy as np
 
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.errors import UserError
@@ -87,21 +92,21 @@ class FusedOps:
     def swiglu(self, gate_up: str, width: int) -> str:
         g = self.graph
         gate, up = g.node("Split", [gate_up, g.ints(width, width)], 2, axis=-1)
-        return g.one("Mul", g.one("QuickGelu", gate, domain=DOMAIN, alpha=1.0), up)
+        return g.one("Mul", self._silu(gate), up)
 
     def causal_conv(self, z: str, name: str, weight: Floats, bias: Floats, cache: Cache) -> str:
         g = self.graph
         channels, _, kernel = weight.shape
-        # With channels last its state is (1, kernel - 1, channels): the same bytes for kernel 2.
-        assert kernel == 2
+        assert kernel == 2  # the last column as (1, channels, 1) or (1, 1, channels): equal bytes
         past = g.one("Reshape", cache.past, g.ints(1, 1, channels))
-        y, last = g.node(
-            "CausalConvWithState",
-            [z, g.weight(f"{name}.weight", weight), g.weight(f"{name}.bias", bias), past], 2,
-            domain=DOMAIN, label=name, activation="silu", channels_last=1,
-        )  # fmt: skip
+        columns = g.one("Concat", past, z, axis=1, label=name)
+        before = g.one("Slice", columns, g.ints(0), g.ints(-1), g.ints(1))
+        # Of `columns`, not of z: past and present may be one memory, and `columns` has read it.
+        last = g.one("Slice", columns, g.ints(-1), g.ints(np.iinfo(np.int64).max), g.ints(1))
         g.node("Reshape", [last, g.ints(1, channels, 1)], [cache.present])
-        return y
+        taps = [g.weight(f"{name}.tap{i}", weight[:, 0, i]) for i in range(kernel)]
+        y = g.one("Add", g.one("Mul", before, taps[0]), g.one("Mul", z, taps[1]))
+        return self._silu(g.one("Add", y, g.weight(f"{name}.bias", bias)))
 
     def time_step(self, dt_raw: str, name: str, dt_bias: Floats, a: Floats) -> tuple[str, str]:
         g = self.graph
@@ -120,10 +125,9 @@ class FusedOps:
 
     def gated_norm(self, y: str, gate: str, name: str, weight: Floats, eps: float) -> str:
         g = self.graph
-        return g.one(
-            "GatedRMSNorm", y, g.weight(f"{name}.weight", weight), gate, domain=DOMAIN,
-            label=name, activation="silu", epsilon=eps,
-        )  # fmt: skip
+        by_head = g.one("Reshape", y, g.ints(0, 0, -1, len(weight)))
+        normed = self.rms_norm(by_head, name, weight, eps)
+        return g.one("Mul", g.one("Reshape", normed, g.ints(0, 0, -1)), self._silu(gate))
 
     def attention(
         self, qkv: str, stack: StackConfig, past_length: str, rope: tuple[str, str],
@@ -142,6 +146,9 @@ class FusedOps:
             do_rotary=1,
         )  # fmt: skip
         return y
+
+    def _silu(self, x: str) -> str:
+        return self.graph.one("QuickGelu", x, domain=DOMAIN, alpha=1.0)
 
     def _add_lengths(self, x: str, past_length: str) -> tuple[str, str]:
         """As the kernel wants them: the last position (1,) and the total (), both int32."""
