@@ -34,6 +34,9 @@ PROVIDERS = {
     "xnnpack": "XnnpackExecutionProvider",
 }
 
+# Providers whose memory is not the CPU's, by ONNX Runtime's name of it: states stay there.
+DEVICES = {"cuda": "cuda", "tensorrt": "cuda"}
+
 # Dialects whose kernels write `present_state` over `past_state` exactly. Plain ONNX is expanded to
 # a Scan, which promises nothing of the kind: such states hold two copies and take turns.
 IN_PLACE = frozenset({"com.microsoft"})
@@ -65,6 +68,7 @@ class OnnxRuntimeRunner:
         self.quant = self.manifest.quant
         self.max_context = self.manifest.max_context
         self.tokenizer_dir = self.folder / TOKENIZER if self.manifest.tokenizer else None
+        self._device = DEVICES.get(provider)
         self.in_place = provider == "cpu" and self.manifest.ops in IN_PLACE
 
         self._decoder = self._session("decoder", threads)
@@ -72,12 +76,12 @@ class OnnxRuntimeRunner:
         self._embed = self._session("embed", 1)
         self._vision: ort.InferenceSession | None = None
 
-        self._keep = Tensor(np.ones(1, np.int64))
-        self._past_length = Tensor(np.zeros(1, np.int64))
+        self._keep = self._tensor(np.ones(1, np.int64))
+        self._past_length = self._tensor(np.zeros(1, np.int64))
         self._has_cache = any(is_cache(t.name) for t in self.manifest.state)
-        self._logits = Tensor(np.zeros((1, 1, self.config.vocab_size), np.float32))
-        self._step_id = Tensor(np.zeros((1, 1), np.int64))
-        self._step_vector = Tensor(np.zeros((1, 1, self.config.hidden_size), np.float32))
+        self._logits = self._tensor(np.zeros((1, 1, self.config.vocab_size), np.float32))
+        self._step_id = self._tensor(np.zeros((1, 1), np.int64))
+        self._step_vector = self._tensor(np.zeros((1, 1, self.config.hidden_size), np.float32))
         self._step_embed = self._bind_embed(self._step_id, self._step_vector)
 
     # --- the protocol ---------------------------------------------------------------------------
@@ -100,7 +104,7 @@ class OnnxRuntimeRunner:
             self._run(own, self._bind_decoder(own, vectors, self._keep, self._logits), part)
             if progress:
                 progress(part.stop, len(ids))
-        return self._logits.array[0, 0], own
+        return self._logits.pull()[0, 0], own
 
     def step(self, token_id: int, state: State) -> tuple[NDArray[np.float32], OnnxState]:
         """Read one token; see `runtimes.base.Runner.step`.
@@ -110,17 +114,18 @@ class OnnxRuntimeRunner:
         own = self._own(state)
         check_ids(np.array([token_id]), self.config, own.tokens, self.max_context)
         self._step_id.array[0, 0] = token_id
+        self._step_id.push()
         self._embed.run_with_iobinding(self._step_embed)
         binding = own.bindings[own.now]
         if binding is None:
             binding = self._bind_decoder(own, self._step_vector, self._keep, self._logits)
             own.bindings[own.now] = binding
         self._run(own, binding, slice(0, 1))
-        return self._logits.array[0, 0], own
+        return self._logits.pull()[0, 0], own
 
     def new_state(self) -> OnnxState:
         """A state that has read nothing."""
-        return OnnxState(self.manifest.state, 1 if self.in_place else 2, self)
+        return OnnxState(self.manifest.state, 1 if self.in_place else 2, self, self._device)
 
     def load_state(self, arrays: Arrays, tokens: int) -> OnnxState:
         """A state from the neutral layout."""
@@ -133,6 +138,7 @@ class OnnxRuntimeRunner:
         check_state(arrays, {name: target.shape for name, target in targets.items()})
         for name, target in targets.items():
             target[:] = arrays[name]
+            new.past[name].push()
         new.tokens = tokens
         return new
 
@@ -148,9 +154,11 @@ class OnnxRuntimeRunner:
         own = self.new_state() if state is None else self._own(state)
         ids = check_ids(input_ids, self.config, own.tokens, self.max_context)
         every = np.empty((len(ids), self.config.vocab_size), np.float32)
-        keep = Tensor(np.zeros(1, np.int64))
+        keep = self._tensor(np.zeros(1, np.int64))
         for part, vectors in self._chunks(ids, pixel_values):
-            self._run(own, self._bind_decoder(own, vectors, keep, Tensor(every[None, part])), part)
+            logits = self._tensor(every[None, part])
+            self._run(own, self._bind_decoder(own, vectors, keep, logits), part)
+            logits.pull()
         return every, own
 
     def drop_vision(self) -> None:
@@ -166,15 +174,20 @@ class OnnxRuntimeRunner:
         images = self._image_vectors(ids, pixel_values)
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = slice(start, min(start + PREFILL_CHUNK, len(ids)))
-            own = Tensor(np.ascontiguousarray(ids[None, part]))
-            vectors = Tensor(np.empty((*own.array.shape, self.config.hidden_size), np.float32))
+            own = self._tensor(np.ascontiguousarray(ids[None, part]))
+            shape = (*own.array.shape, self.config.hidden_size)
+            vectors = self._tensor(np.empty(shape, np.float32))
             self._embed.run_with_iobinding(self._bind_embed(own, vectors))
             places = np.flatnonzero(ids[part] == self.config.img_context_token_id)
-            vectors.array[0, places], images = images[: len(places)], images[len(places) :]
+            if len(places):
+                vectors.pull()[0, places], images = images[: len(places)], images[len(places) :]
+                vectors.push()
             yield part, vectors
 
     def _run(self, state: OnnxState, binding: "ort.IOBinding", part: slice) -> None:
-        self._past_length.array[0] = state.tokens
+        if self._has_cache:
+            self._past_length.array[0] = state.tokens
+            self._past_length.push()
         self._decoder.run_with_iobinding(binding)
         state.advance(part.stop - part.start)
 
@@ -220,6 +233,9 @@ class OnnxRuntimeRunner:
                 "runner.load_state(state.arrays(), state.tokens)"
             )
         return state
+
+    def _tensor(self, array: NDArray) -> Tensor:
+        return Tensor(array, self._device)
 
     # --- sessions -------------------------------------------------------------------------------
 

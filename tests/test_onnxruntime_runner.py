@@ -417,3 +417,38 @@ def test_missing_onnxruntime_names_the_extra_and_torch_is_not_needed():
             [sys.executable, "-c", code, folder, blocked], capture_output=True, text=True
         )
         assert done.stdout.startswith(expected), done
+
+
+# --- a device with memory of its own -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_states_on_a_device_of_their_own(variant, monkeypatch):
+    """No CUDA here: a second memory of the CPU stands for it, so that a missing copy shows."""
+    import onnxruntime as ort
+
+    made = ort.OrtValue.ortvalue_from_numpy
+
+    def apart(array, device="cpu", number=0):
+        return made(array.copy(), device, number)
+
+    near = runner_of("release_plain", variant)
+    ids, pixels = case("release_plain", "two_tiles")
+    first = first_after_images(ids, near)
+    want, close = near.prefill(ids[:first], pixels)
+    want = want.copy()
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", apart)
+    monkeypatch.setitem(onnxruntime_runner.DEVICES, "cpu", "cpu")
+    monkeypatch.setattr(onnxruntime_runner, "IN_PLACE", frozenset())
+    far = OnnxRuntimeRunner(near.folder)
+    got, distant = far.prefill(ids[:first], pixels)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+    fork = distant.copy()
+    loaded = far.load_state(distant.arrays(), distant.tokens)
+    for token in (5, 6, 7):
+        want, close = near.step(token, close)
+        want = want.copy()
+        for state in (distant, fork, loaded):
+            got, _ = far.step(token, state)
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+    assert_states_equal(fork, close)
