@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "float16"],
         help="what a hybrid's attention layers keep keys and values as (default: float32)",
     )
+    add(
+        "--ort",
+        action="store_true",
+        help="graphs in ONNX Runtime's own format, with the list of operators that a reduced "
+        "mobile build of it needs",
+    )
     add("--json", action="store_true", help="print one JSON object: the verification figures")
     parser.epilog = (
         "example: mmmamba-edge export weights/mmMamba-linear --to onnx --out build/linear "
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
     manifest = export_onnx(
         args.checkpoint, args.out, quant=args.quant, group_size=args.group_size, ops=args.ops,
-        max_context=args.max_context, cache=args.cache,
+        max_context=args.max_context, cache=args.cache, ort=args.ort,
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(_as_json(args.out, manifest) if args.json else _as_text(args.out, manifest))

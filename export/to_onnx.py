@@ -15,6 +15,7 @@ from mmmamba_edge.export.graph_writer import GraphWriter
 from mmmamba_edge.export.ops import Ops
 from mmmamba_edge.export.ops_fused import FusedOps
 from mmmamba_edge.export.ops_standard import StandardOps
+from mmmamba_edge.export.ort_format import replace_by_ort
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.vision_graph import write_embed, write_vision
 from mmmamba_edge.export.weights import Weights
@@ -38,6 +39,7 @@ def export_onnx(
     ops: str = "com.microsoft",
     max_context: int | None = None,
     cache: str | None = None,
+    ort: bool = False,
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -52,6 +54,7 @@ def export_onnx(
             model, which has no limit.
         cache: dtype of the attention layers' keys and values: "float32", or "float16", half the
             memory; None: float32. Not for a linear model.
+        ort: graphs in ONNX Runtime's own format, for reduced mobile builds (ort_format.py).
         report: told in a line what is being done.
 
     Returns:
@@ -98,7 +101,11 @@ def export_onnx(
         )
         manifest = write_manifest(folder, manifest)
         say("verifying against PyTorch")
-        return write_manifest(folder, replace(manifest, verification=verify(folder, weights, say)))
+        manifest = replace(manifest, verification=verify(folder, weights, say))
+        if ort:
+            say("converting to ORT format")
+            manifest = replace_by_ort(folder, manifest)
+        return write_manifest(folder, manifest)
 
 
 def context_limit(config: Config, asked: int | None) -> int | None:

@@ -161,6 +161,18 @@ class OnnxRuntimeRunner:
             logits.pull()
         return every, own
 
+    def image_vectors(
+        self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """Vectors (image tokens, hidden) for the image positions of `ids`, in order."""
+        if not check_pictures(ids, pixel_values, self.config) or pixel_values is None:
+            return np.empty((0, self.config.hidden_size), np.float32)
+        if self._vision is None:
+            self._vision = self._session("vision", self._options[0])
+        vision = self._vision  # one tile at a time bounds its memory, and costs no time
+        parts = [np.asarray(vision.run(None, {"pixel_values": t[None]})[0]) for t in pixel_values]
+        return np.concatenate(parts, axis=1)[0]
+
     def drop_vision(self) -> None:
         """Give back the memory of the vision graph; the next picture loads it again."""
         self._vision = None
@@ -171,7 +183,7 @@ class OnnxRuntimeRunner:
         self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
     ) -> Iterator[tuple[slice, Tensor]]:
         """The prompt in pieces: which positions, and their vectors (1, tokens, hidden)."""
-        images = self._image_vectors(ids, pixel_values)
+        images = self.image_vectors(ids, pixel_values)
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = slice(start, min(start + PREFILL_CHUNK, len(ids)))
             own = self._tensor(np.ascontiguousarray(ids[None, part]))
@@ -212,18 +224,6 @@ class OnnxRuntimeRunner:
         binding.bind_ortvalue_output("inputs_embeds", vectors.value)
         return binding
 
-    def _image_vectors(
-        self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
-        """Vectors (image tokens, hidden) for the image positions of `ids`, in order."""
-        if not check_pictures(ids, pixel_values, self.config) or pixel_values is None:
-            return np.empty((0, self.config.hidden_size), np.float32)
-        if self._vision is None:
-            self._vision = self._session("vision", self._options[0])
-        vision = self._vision  # one tile at a time bounds its memory, and costs no time
-        parts = [np.asarray(vision.run(None, {"pixel_values": t[None]})[0]) for t in pixel_values]
-        return np.concatenate(parts, axis=1)[0]
-
     # --- checks ---------------------------------------------------------------------------------
 
     def _own(self, state: State) -> OnnxState:
@@ -243,19 +243,27 @@ class OnnxRuntimeRunner:
         """Open one graph. Its weights are memory-mapped from the file beside it."""
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors; its warnings are about its own choices
-        if self.manifest.ops == "standard":
-            # Plain ONNX says DequantizeLinear, then MatMul; do that, and do not make the
-            # activations int8 as well, which ONNX Runtime would.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options = session_options(self.manifest, threads)
         file = self.folder / self.manifest.graphs[graph]
         try:
             return ort.InferenceSession(str(file), options, providers=self._options[1])
         except Exception as error:  # its exceptions share no base class
             raise UserError(f"{file}: ONNX Runtime cannot open it ({error})") from error
+
+
+def session_options(manifest: Manifest, threads: int | None) -> "ort.SessionOptions":
+    """How ONNX Runtime is to run a bundle's graphs."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; its warnings are about its own choices
+    if manifest.ops == "standard":
+        # Plain ONNX says DequantizeLinear, then MatMul; do that, and do not make the activations
+        # int8 as well, which ONNX Runtime would.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
 
 
 def _provider_names(provider: str) -> list[str]:

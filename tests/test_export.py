@@ -547,3 +547,46 @@ def test_step_is_one_pass_of_the_same_graph():
     before = runner._decoder
     runner.step(int(ids[-1]), state)
     assert runner._decoder is before
+
+
+# --- ORT format ----------------------------------------------------------------------------------
+
+
+def test_ort_format(tmp_path):
+    source = checkpoint("small", "hybrid")
+    export_onnx(source, tmp_path / "onnx", quant="int4", max_context=256)
+    manifest = export_onnx(source, tmp_path / "ort", quant="int4", max_context=256, ort=True)
+    files = {f.name for f in (tmp_path / "ort").iterdir()}
+    assert files == {
+        "vision.ort", "embed.ort", "decoder.ort", "required_operators.config", "manifest.json",
+    }  # fmt: skip
+    assert set(manifest.files) == files - {"manifest.json"}
+    verify_files(tmp_path / "ort", read_manifest(tmp_path / "ort"), hashes=True)
+
+    near, far = (OnnxRuntimeRunner(tmp_path / name) for name in ("onnx", "ort"))
+    ids = np.arange(20, 60)
+    want, _ = near.prefill(ids)
+    got, _ = far.prefill(ids)
+    assert np.array_equal(got, want)
+
+    listed = (tmp_path / "ort/required_operators.config").read_text()
+    assert str(tmp_path) not in listed
+    needed = {op for name in ("vision", "embed", "decoder")
+              for domain, op in operators(tmp_path / "onnx", name)
+              if domain == "com.microsoft"}  # fmt: skip
+    for op in needed:
+        assert re.search(rf"com\.microsoft;1;.*\b{op}\b", listed), op
+
+
+def test_ort_format_ends_at_two_gib(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmmamba_edge.export.ort_format.LIMIT", 10_000)
+    with pytest.raises(UserError, match="--ort: .*onnx has .* bytes with its weights; .* 2 GiB"):
+        export_onnx(checkpoint("small", "linear"), tmp_path / "out", ort=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ort_graphs_that_answer_otherwise_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmmamba_edge.export.ort_format.EXACT_DB", 250.0)
+    with pytest.raises(CheckFailed, match="the .ort graphs are .* dB from the .onnx graphs"):
+        export_onnx(checkpoint("small", "linear"), tmp_path / "out", ort=True)
+    assert list(tmp_path.iterdir()) == []
