@@ -98,9 +98,8 @@ def main() -> int:
     if args.json:
         print(json.dumps(facts))
         return 0
-    print(
-        f"a step: {1e3 * facts['step_s']:.2f} ms, {facts['outside_runtime']:.2%} outside ONNX Runtime"
-    )
+    share = facts["outside_runtime"]
+    print(f"a step: {1e3 * facts['step_s']:.2f} ms, {share:.2%} outside ONNX Runtime")
     whole = sum(facts["operators_ms"].values())
     for name, spent in facts["operators_ms"].items():
         print(f"{name:<36}{spent:>9.2f} ms{spent / whole:>8.1%}")

@@ -123,7 +123,8 @@ def measure(ours: Ours, peer: Peer, args: argparse.Namespace) -> dict[str, Any]:
             "tokens": args.prompt_tokens, "ours_tokens_per_s": args.prompt_tokens / ours_s,
             "peer_tokens_per_s": args.prompt_tokens / peer_s, "ratio": peer_s / ours_s,
         }  # fmt: skip
-    ours.reset(), peer.reset()
+    ours.reset()
+    peer.reset()
     read = 0
     for context in args.contexts:
         for name, side in (("ours", ours), ("peer", peer)):
@@ -163,8 +164,8 @@ def as_text(facts: dict[str, Any]) -> str:
             (name, f"{row['ours_tokens_per_s']:.1f}", f"{row['peer_tokens_per_s']:.1f}",
              f"{row['ratio']:.2f}")
         )  # fmt: skip
-    memory = [f"{facts[f'{side}_peak_rss_bytes'] / 2**20:,.0f}" for side in ("ours", "peer")]
-    rows.append(("peak RSS, MiB", *memory, ""))
+    near, far = (facts[f"{side}_peak_rss_bytes"] / 2**20 for side in ("ours", "peer"))
+    rows.append(("peak RSS, MiB", f"{near:,.0f}", f"{far:,.0f}", ""))
     return "\n".join(f"{a:<24}{b:>12}{c:>12}{d:>8}" for a, b, c, d in rows)
 
 

@@ -27,7 +27,7 @@ KINDS = {"float32": FLOAT, "float16": FLOAT16}  # dtypes of state tensors
 def state_layout(
     config: Config, max_context: int | None, cache: str = "float32"
 ) -> tuple[StateTensor, ...]:
-    """The decoder's state tensors, in graph order; `cache`: of attention layers' keys and values."""
+    """The decoder's state tensors, in graph order; `cache`: dtype of keys and values."""
     return tuple(
         StateTensor(f"{layer}.{name}", (1, *shape), cache if is_cache(name) else "float32")
         for layer in range(len(config.layer_types))

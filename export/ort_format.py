@@ -37,9 +37,7 @@ def replace_by_ort(folder: Path, manifest: Manifest) -> Manifest:
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
     before = OnnxRuntimeRunner(folder, verify=False)
-    old = [
-        f for g in manifest.graphs.values() for f in (folder / g, (folder / g).with_suffix(".bin"))
-    ]
+    onnx = [folder / graph for graph in manifest.graphs.values()]
     graphs = {name: _convert(folder, file, manifest) for name, file in manifest.graphs.items()}
     logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)
     with warnings.catch_warnings():  # it leaves files to the garbage collector
@@ -52,8 +50,9 @@ def replace_by_ort(folder: Path, manifest: Manifest) -> Manifest:
     manifest = replace(manifest, graphs=graphs, files={})
     write_manifest(folder, manifest)
     _check_same(before, OnnxRuntimeRunner(folder, verify=False))
-    for file in old:
-        file.unlink(missing_ok=True)
+    for file in onnx:
+        file.unlink()
+        file.with_suffix(".bin").unlink(missing_ok=True)
     return manifest
 
 
