@@ -4,7 +4,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from mmmamba_edge.errors import UserError
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.quant.codes import GROUPS
 
@@ -13,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's flags."""
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, of any layout")
-    add("--to", required=True, choices=["onnx"], help="kind of bundle")
+    add("--to", required=True, choices=["onnx", "executorch"], help="kind of bundle")
     add(
         "--out",
         required=True,
@@ -36,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--ops",
-        default="com.microsoft",
         choices=["com.microsoft", "standard"],
-        help="com.microsoft (default): ONNX Runtime's fused operators; standard: plain ONNX 27",
+        help="of onnx: com.microsoft (default), ONNX Runtime's fused operators; or standard, plain "
+        "ONNX 27",
     )
     add(
         "--max-context",
@@ -49,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--cache",
         choices=["float32", "float16"],
-        help="what a hybrid's attention layers keep keys and values as (default: float32)",
+        help="of onnx: what a hybrid's attention layers keep keys and values as (default: float32)",
     )
     add(
         "--ort",
         action="store_true",
-        help="graphs in ONNX Runtime's own format, with the list of operators that a reduced "
+        help="of onnx: graphs in ONNX Runtime's own format, with the list of operators that a reduced "
         "mobile build of it needs",
     )
     add("--json", action="store_true", help="print one JSON object: the verification figures")
@@ -64,18 +66,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# fmt: skip
-
-
 def run(args: argparse.Namespace) -> int:
     """The verb."""
-    from mmmamba_edge.export.to_onnx import export_onnx
+    options: dict[str, Any] = {
+        "quant": args.quant, "group_size": args.group_size, "max_context": args.max_context,
+        "report": lambda line: print(line, file=sys.stderr, flush=True),
+    }  # fmt: skip
+    if args.to == "onnx":
+        from mmmamba_edge.export.to_onnx import export_onnx
 
-    manifest = export_onnx(
-        args.checkpoint, args.out, quant=args.quant, group_size=args.group_size, ops=args.ops,
-        max_context=args.max_context, cache=args.cache, ort=args.ort,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
+        manifest = export_onnx(
+            args.checkpoint, args.out, ops=args.ops or "com.microsoft", cache=args.cache,
+            ort=args.ort, **options,
+        )  # fmt: skip
+    else:
+        for name in ("ops", "cache", "ort"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is for --to onnx; leave it out with --to executorch")
+        from mmmamba_edge.export.to_executorch import export_executorch
+
+        manifest = export_executorch(args.checkpoint, args.out, **options)
     print(_as_json(args.out, manifest) if args.json else _as_text(args.out, manifest))
     return 0
 

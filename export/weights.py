@@ -47,6 +47,10 @@ class Weights:
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return whole.astype(np.float16) if self.quant == "fp16" else whole
 
+    def either(self, name: str) -> Matrix:
+        """A matrix as the scheme stores it, or in float32 where it keeps that."""
+        return self.tensor(name) if kept_because(name) else self.matrix(name)
+
     def codes(self, name: str) -> Codes:
         """One matrix in codes."""
         return stacked(list(self._code_blocks(name)))

@@ -84,7 +84,7 @@ def verify_files(
     if hashes or (hashes is None and total < SMALL):
         done = 0
         for name, record in manifest.files.items():
-            found = _sha256(folder / name)
+            found = file_sha256(folder / name)
             if found != record.sha256:
                 raise UserError(
                     f"{folder / name}: corrupt, sha256 is {found}; {MANIFEST} says "
@@ -124,13 +124,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         name = file.relative_to(folder).as_posix()
         if file.is_file() and name != MANIFEST:
             known = manifest.files.get(name)
-            files[name] = known or FileRecord(_sha256(file), file.stat().st_size)
+            files[name] = known or FileRecord(file_sha256(file), file.stat().st_size)
     manifest = replace(manifest, files=files)
     check_names(manifest, MANIFEST)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file, as the manifest has it."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -3,12 +3,15 @@
 from importlib import import_module
 from pathlib import Path
 
-from mmmamba_edge.bundle import DEFAULT_BUNDLE
+from mmmamba_edge.bundle import DEFAULT_BUNDLE, read_manifest
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.runtimes.base import Runner
 
 # name -> what opens a bundle, called as f(path, threads, provider, verify=...)
-RUNTIMES = {"onnxruntime": "mmmamba_edge.runtimes.onnxruntime_runner:OnnxRuntimeRunner"}
+RUNTIMES = {
+    "onnxruntime": "mmmamba_edge.runtimes.onnxruntime_runner:OnnxRuntimeRunner",
+    "executorch": "mmmamba_edge.runtimes.executorch_runner:ExecuTorchRunner",
+}
 
 
 def open_bundle(
@@ -22,9 +25,9 @@ def open_bundle(
     """Open an exported model.
 
     Args:
-        path: a bundle folder; with runtime "torch" a checkpoint folder; None: the model that comes
-            with the package.
-        runtime: "auto" goes by the bundle; or "onnxruntime", "torch".
+        path: a bundle folder, or a .pte; with runtime "torch" a checkpoint folder; None: the model
+            that comes with the package.
+        runtime: "auto" goes by the bundle; or "onnxruntime", "executorch", "torch".
         threads: for one operator; None: the runtime's own choice.
         provider: where it runs: "cpu", "cuda", ... as far as the runtime was built for it.
         verify: True compares the SHA-256 of every file; False only sizes; None: hashes bundles
@@ -42,15 +45,24 @@ def open_bundle(
         raise UserError(f"threads is {threads}; expected a whole number above 0")
     if runtime == "torch":
         return _open_checkpoint(path, threads, provider)
-    if runtime == "executorch" or Path(path).suffix == ".pte":
-        raise UserError(
-            f"{path}: this release has no ExecuTorch runtime yet; export with --to onnx instead"
-        )
-    name = "onnxruntime" if runtime == "auto" else runtime
-    if name not in RUNTIMES:
+    if runtime != "auto" and runtime not in RUNTIMES:
         raise UserError(f"runtime {runtime!r}: known are auto, torch, {', '.join(RUNTIMES)}")
+    name = _runtime_of(Path(path))
+    if runtime not in ("auto", name):
+        raise UserError(
+            f"{path}: made for {name}, not for {runtime}; export the checkpoint with --to "
+            f"{'onnx' if runtime == 'onnxruntime' else runtime}"
+        )
     module, _, opener = RUNTIMES[name].partition(":")
     return getattr(import_module(module), opener)(path, threads, provider, verify=verify)
+
+
+def _runtime_of(path: Path) -> str:
+    """The runtime that a bundle is for."""
+    if path.suffix == ".pte":
+        return "executorch"
+    graph = read_manifest(path).graphs["decoder"]
+    return "executorch" if graph.endswith(".pte") else "onnxruntime"
 
 
 def _open_checkpoint(path: str | Path, threads: int | None, provider: str) -> Runner:

@@ -1,0 +1,310 @@
+"""The model as ExecuTorch is to run it: three modules, which become the methods of one .pte.
+
+    token_embedding (1, tokens) int64                 -> (1, tokens, hidden)
+    vision_encoder  (1, 3, height, width)             -> (1, tokens per tile, hidden)
+    text_decoder    (1, tokens, hidden), start_pos (1,) int64 -> (1, 1, vocab_size), the last position
+
+One method reads prompts and single tokens, so that weights are packed once; its state are buffers
+that it writes over. `start_pos` 0 begins anew: the state is multiplied by nothing, so no method to
+reset it is needed. Everything here is written for XNNPACK: matrix products, and element-wise
+operators that it takes; what it does not take (softplus, the norm's mean) is small.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mmmamba_edge.config import StackConfig
+from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Matrix, Weights
+from mmmamba_edge.model.layers import rope_tables
+from mmmamba_edge.model.mixer import G_NORM_EPS
+from mmmamba_edge.quant.codes import Codes, take_rows
+
+HIDDEN = -1e9  # added to a log weight or a score that must not count: exp of it is 0
+CHUNK = 128  # tokens that text_decoder reads at once, at most
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of the table."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        self.table = nn.Embedding(weights.config.vocab_size, weights.config.hidden_size)
+        self.table.weight = parameter(weights.matrix(EMBEDDING), activations=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(1, tokens) -> (1, tokens, hidden)."""
+        return self.table(tokens)
+
+
+class VisionEncoder(nn.Module):
+    """A tile to its vectors (spec 1.3, 'pre'): patches, positions, pixel shuffle, MLP."""
+
+    def __init__(self, weights: Weights):
+        super().__init__()
+        c = self.config = weights.config
+        self.patch = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size)
+        self.patch.weight = float_parameter(weights.tensor(f"{STEM}patch_embedding.weight"))
+        self.patch.bias = float_parameter(weights.tensor(f"{STEM}patch_embedding.bias"))
+        positions = weights.tensor(f"{STEM}position_embedding")[0, 1:].T  # (hidden, patches)
+        self.positions = float_parameter(positions.reshape(1, c.hidden_size, c.grid, c.grid))
+        self.first = linear(weights, f"{PROJECTOR}0.weight", bias=f"{PROJECTOR}0.bias")
+        self.second = linear(weights, f"{PROJECTOR}2.weight", bias=f"{PROJECTOR}2.bias")
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(1, 3, height, width) -> (1, tokens per tile, hidden)."""
+        c = self.config
+        merge, blocks = c.shuffle, c.grid // c.shuffle
+        x = self.patch(pixel_values) + self.positions
+        x = x.reshape(c.hidden_size, blocks, merge, blocks, merge).permute(1, 3, 2, 4, 0)
+        x = x.reshape(1, c.tokens_per_tile, c.hidden_size * merge**2)
+        return self.second(nn.functional.gelu(self.first(x)))
+
+
+class TextDecoder(nn.Module):
+    """All layers, their state in buffers, and the head for the last position."""
+
+    def __init__(self, weights: Weights, max_context: int | None):
+        super().__init__()
+        config = self.config = weights.config
+        layers = [Layer(weights, i, kind, max_context) for i, kind in enumerate(config.layer_types)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = Norm(weights, "language_model.model.norm.weight", config.llm.rms_norm_eps)
+        self.head = linear(weights, HEAD)
+        self.register_buffer("sums", torch.ones(CHUNK + 1, CHUNK + 1).triu(), persistent=False)
+        self.register_buffer(
+            "future", torch.full((CHUNK + 1, CHUNK + 1), HIDDEN).triu(1), persistent=False
+        )
+
+    def forward(self, inputs_embeds: Tensor, start_pos: Tensor) -> Tensor:
+        """(1, tokens, hidden), (1,) -> (1, 1, vocab_size)."""
+        x, config = inputs_embeds, self.config
+        tokens = x.shape[1]
+        keep = (start_pos > 0).to(x.dtype)  # (1,)
+        masks = self.sums[:tokens, :tokens], self.future[:tokens, :tokens]
+        last, first_llm = len(self.layers) - 1, len(config.embedding.layer_types)
+        for i, layer in enumerate(self.layers):
+            if i == first_llm and config.normalize_encoder_output:
+                x = x / torch.sqrt((x * x).sum(-1, keepdim=True))
+            x = x + layer.mix(x, keep, start_pos, masks)
+            if i == last:  # nothing below mixes positions
+                x = x[:, -1:]
+            x = x + layer.feed_forward(x)
+        return self.head(self.norm(x))
+
+
+class Layer(nn.Module):
+    """Norm and mixer or attention, norm and MLP; the caller adds."""
+
+    def __init__(self, weights: Weights, index: int, kind: str, max_context: int | None):
+        super().__init__()
+        prefix, stack = weights.prefix(index), weights.config.stack_of(index)
+        self.attention_norm = Norm(weights, f"{prefix}attention_norm.weight", stack.rms_norm_eps)
+        self.ffn_norm = Norm(weights, f"{prefix}ffn_norm.weight", stack.rms_norm_eps)
+        if kind == "mamba2":
+            self.attention = Mixer(weights, f"{prefix}attention.", stack)
+        else:
+            assert max_context is not None
+            self.attention = CachedAttention(weights, f"{prefix}attention.", stack, max_context)
+        self.w1, self.w2, self.w3 = (
+            linear(weights, f"{prefix}feed_forward.{name}.weight") for name in ("w1", "w2", "w3")
+        )
+
+    def mix(
+        self, x: Tensor, keep: Tensor, start_pos: Tensor, masks: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """(1, tokens, hidden) -> the same."""
+        return self.attention(self.attention_norm(x), keep, start_pos, masks)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(1, tokens, hidden) -> the same."""
+        x = self.ffn_norm(x)
+        return self.w2(silu(self.w1(x)) * self.w3(x))
+
+
+class Mixer(nn.Module):
+    """Mamba-2 (spec 3.2) for any number of tokens, as attention within them and a state before."""
+
+    def __init__(self, weights: Weights, prefix: str, stack: StackConfig):
+        super().__init__()
+        self.stack = stack
+        self.v, self.k, self.q, self.g, self.o = (
+            linear(weights, f"{prefix}{name}_proj.weight") for name in "vkqgo"
+        )
+        self.dt = linear(weights, f"{prefix}in_proj.weight")
+        taps = weights.tensor(f"{prefix}conv1d.weight")[:, 0]  # (channels, 2)
+        self.tap0, self.tap1 = (float_parameter(taps[:, i]) for i in range(2))
+        self.conv_bias = float_parameter(weights.tensor(f"{prefix}conv1d.bias"))
+        self.dt_bias = float_parameter(weights.tensor(f"{prefix}dt_bias"))
+        self.a = float_parameter(-np.exp(weights.tensor(f"{prefix}A_log_bias")))
+        self.norm = Norm(weights, f"{prefix}g_norm.weight", G_NORM_EPS)
+        heads, dim = stack.num_attention_heads, stack.head_dim
+        self.register_buffer("conv", torch.zeros(1, 1, stack.conv_dim))
+        self.register_buffer("ssm", torch.zeros(heads, dim, dim))
+
+    def forward(
+        self, u: Tensor, keep: Tensor, start_pos: Tensor, masks: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """(1, tokens, hidden) -> the same; the state goes on."""
+        sums, future = masks
+        stack, tokens = self.stack, u.shape[1]
+        heads, kv_heads, dim = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
+        groups = heads // kv_heads
+
+        z = torch.cat([self.v(u), self.k(u), self.q(u)], dim=-1)
+        columns = torch.cat([self.conv * keep, z], dim=1)  # (1, 1 + tokens, channels)
+        z = silu(columns[:, :-1] * self.tap0 + z * self.tap1 + self.conv_bias)
+        self.conv.copy_(columns[:, -1:])
+        v, k, q = z.split([kv_heads * dim, kv_heads * dim, heads * dim], dim=-1)
+
+        dt = softplus(self.dt(u) + self.dt_bias)[0]  # (tokens, heads)
+        # (heads, tokens): log decay from the beginning, a sum up to each token
+        fade = (dt * self.a).T @ sums
+        q = q.reshape(tokens, heads, dim).transpose(0, 1)  # (heads, tokens, dim)
+        k, v = (
+            x.reshape(tokens, kv_heads, 1, dim)
+            .expand(tokens, kv_heads, groups, dim)
+            .reshape(tokens, heads, dim)
+            .transpose(0, 1)
+            for x in (k, v)
+        )
+        v = v * dt.T[..., None]
+
+        weight = torch.exp(fade[:, :, None] - fade[:, None, :] + future)
+        scores = torch.bmm(q, k.transpose(1, 2)) * weight
+        before = self.ssm * keep
+        y = torch.bmm(scores, v) + torch.bmm(q, before) * torch.exp(fade)[..., None]
+
+        whole = fade[:, -1:]  # (heads, 1)
+        late = k * torch.exp(whole - fade)[..., None]
+        new = before * torch.exp(whole)[..., None] + torch.bmm(late.transpose(1, 2), v)
+        self.ssm.copy_(new)
+
+        y = self.norm(y.permute(1, 0, 2))  # (tokens, heads, dim)
+        return self.o(y.reshape(1, tokens, heads * dim) * silu(self.g(u)))
+
+
+class CachedAttention(nn.Module):
+    """Causal attention with RoPE over a cache for `max_context` tokens."""
+
+    def __init__(self, weights: Weights, prefix: str, stack: StackConfig, max_context: int):
+        super().__init__()
+        self.stack, self.max_context = stack, max_context
+        rows = _rows_by_kind(stack)
+        packed = weights.matrix(f"{prefix}wqkv.weight")
+        self.q, self.k, self.v = (linear_of(take_rows(packed, part)) for part in rows)
+        self.o = linear(weights, f"{prefix}wo.weight")
+        shape = (stack.num_key_value_heads, max_context, stack.head_dim)
+        self.register_buffer("key", torch.zeros(shape))
+        self.register_buffer("value", torch.zeros(shape))
+        positions = torch.arange(max_context)
+        cos, sin = rope_tables(positions[None], stack, None, torch.float32)
+        self.register_buffer("cos", cos[0, 0], persistent=False)  # (max_context, dim)
+        self.register_buffer("sin", sin[0, 0], persistent=False)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(
+        self, u: Tensor, keep: Tensor, start_pos: Tensor, masks: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """(1, tokens, hidden) -> the same; keys and values are kept."""
+        stack, tokens = self.stack, u.shape[1]
+        heads, kv_heads, dim = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
+        where = start_pos + self.positions[:tokens]  # (tokens,)
+        cos, sin = self.cos[where], self.sin[where]
+        q = _rotate(self.q(u).reshape(tokens, heads, dim).transpose(0, 1), cos, sin)
+        k = _rotate(self.k(u).reshape(tokens, kv_heads, dim).transpose(0, 1), cos, sin)
+        v = self.v(u).reshape(tokens, kv_heads, dim).transpose(0, 1)
+        key, value = self.key.index_copy(1, where, k), self.value.index_copy(1, where, v)
+        self.key.copy_(key)
+        self.value.copy_(value)
+        hidden = (self.positions[None] > where[:, None]).to(u.dtype) * HIDDEN  # (tokens, context)
+        groups, past = heads // kv_heads, key.transpose(1, 2)
+        parts = []
+        for g in range(groups):  # one query head of each kv head at a time: no cache is repeated
+            scores = torch.bmm(q[g::groups], past) * dim**-0.5 + hidden
+            parts.append(torch.bmm(torch.softmax(scores, dim=-1), value))
+        y = torch.stack(parts, dim=1)  # (kv_heads, groups, tokens, dim)
+        return self.o(y.permute(2, 0, 1, 3).reshape(1, tokens, heads * dim))
+
+
+class Norm(nn.Module):
+    """RMS norm over the last axis."""
+
+    def __init__(self, weights: Weights, name: str, eps: float):
+        super().__init__()
+        self.weight, self.eps = float_parameter(weights.tensor(name)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same."""
+        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), as XNNPACK has it."""
+    return x * torch.sigmoid(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) to full precision on both sides: dt may be 0.001."""
+    return torch.relu(x) + torch.log1p(torch.exp(-torch.abs(x)))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+def _rows_by_kind(stack: StackConfig) -> tuple[NDArray[np.int64], ...]:
+    """Row numbers of wqkv, packed per kv head (spec 2.3), of queries, keys and values."""
+    groups = stack.num_attention_heads // stack.num_key_value_heads
+    rows = np.arange(stack.hidden_size + 2 * stack.key_value_dim)
+    packed = rows.reshape(stack.num_key_value_heads, groups + 2, stack.head_dim)
+    return packed[:, :groups].ravel(), packed[:, -2].ravel(), packed[:, -1].ravel()
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def linear(weights: Weights, name: str, bias: str | None = None) -> nn.Linear:
+    """A product with a matrix as the scheme stores it, or in float32 where it keeps that."""
+    layer = linear_of(weights.either(name))
+    if bias is not None:
+        layer.bias = float_parameter(weights.tensor(bias))
+    return layer
+
+
+def linear_of(matrix: Matrix) -> nn.Linear:
+    """x -> x times the matrix (rows, columns) transposed."""
+    with torch.device("meta"):
+        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+    layer.weight = parameter(matrix, activations=True)
+    return layer
+
+
+def parameter(matrix: Matrix, *, activations: bool) -> nn.Parameter:
+    """A weight; codes become torchao's tensor of the same codes and scales.
+
+    Args:
+        matrix: float32, or codes.
+        activations: whether they are quantised too, to 8 bits a token (8da4w, 8da8w).
+    """
+    if not isinstance(matrix, Codes):
+        return float_parameter(matrix)
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    scale = torch.from_numpy(matrix.scale)
+    return nn.Parameter(
+        IntxUnpackedToInt8Tensor(
+            torch.from_numpy(matrix.codes), scale, torch.zeros_like(scale, dtype=torch.int8),
+            torch.int4 if matrix.bits == 4 else torch.int8, (1, matrix.group), torch.float32,
+            "int8_asym_per_token" if activations else None,
+        ),
+        requires_grad=False,
+    )  # fmt: skip
+
+
+def float_parameter(array: NDArray[np.generic]) -> nn.Parameter:
+    """A frozen float32 parameter."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,172 @@
+"""A checkpoint becomes one .pte for phones: three methods lowered, verified, then put in place."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import mmmamba_edge
+from mmmamba_edge.bundle import file_sha256, new_bundle, write_manifest
+from mmmamba_edge.config import Config
+from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.decoder_graph import state_layout
+from mmmamba_edge.export.pte_modules import CHUNK, TextDecoder, TokenEmbedding, VisionEncoder
+from mmmamba_edge.export.to_onnx import context_limit
+from mmmamba_edge.export.verify import verify
+from mmmamba_edge.export.weights import Weights
+from mmmamba_edge.manifest import TOKENIZER, FileRecord, Manifest
+from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
+from mmmamba_edge.quant.schemes import scheme
+from mmmamba_edge.runtimes.executorch_runner import MANIFEST_METHOD, ExecuTorchRunner
+from mmmamba_edge.tokenizer import save_tokenizer_files
+
+FILE = "model.pte"
+UNLIMITED = 2**31 - 1  # what a linear model's context is called in a number
+
+Report = Callable[[str], None]
+
+
+def export_executorch(
+    checkpoint: str | Path | Checkpoint,
+    out: str | Path,
+    *,
+    quant: str = "none",
+    group_size: int | None = None,
+    max_context: int | None = None,
+    report: Report | None = None,
+) -> Manifest:
+    """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
+
+    Args:
+        checkpoint: a folder of any layout with pixel_shuffle_loc 'pre', or one already open.
+        out: the bundle; an existing bundle is replaced, anything else refused.
+        quant: "none" (float32), "int8" (8da8w) or "int4" (8da4w): the codes of the ONNX bundle,
+            and activations in 8 bits a token.
+        group_size: of int4: weights that share a scale; None: 32.
+        max_context: tokens that attention layers keep; None: `context_limit`.
+        report: told in a line what is being done.
+
+    Returns:
+        The manifest, verification figures included.
+
+    Raises:
+        UserError: bad options, an unsupported model, or a place that cannot be written.
+        CheckFailed: the file's answers are not the checkpoint's.
+    """
+    say = report or (lambda line: None)
+    stored = scheme(quant, group_size)
+    if quant == "fp16":
+        raise UserError("--quant fp16: XNNPACK runs float32 or 8-bit activations; use int8 or int4")
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    config = source.config
+    if config.pixel_shuffle_loc == "post":
+        raise UserError(
+            f"{source.folder}: pixel_shuffle_loc 'post' (HoVLE-HD) reads two sequences at once and "
+            "is not exported; run it in PyTorch with load_model"
+        )
+    context = context_limit(config, max_context)
+    weights = Weights(source, stored)
+    with new_bundle(out) as folder:
+        (folder / TOKENIZER).mkdir()
+        tokenizer = save_tokenizer_files(source.folder, folder / TOKENIZER)
+        settings: dict[str, Any] = {
+            "tokenizer_sha256": {n: file_sha256(folder / TOKENIZER / n) for n in tokenizer}
+        }
+        if not tokenizer:
+            (folder / TOKENIZER).rmdir()
+        if stored.bits:
+            settings["activations"] = "8 bits a token, asymmetric"
+        if stored.bits == 4:
+            settings["group_size"] = stored.group
+        manifest = Manifest(
+            producer=f"mmmamba-edge {mmmamba_edge.__version__}",
+            model_id=source.weights_id(),
+            model=config,
+            quant=quant,
+            ops="xnnpack",
+            opset={},
+            graphs=dict.fromkeys(("vision", "embed", "decoder"), FILE),
+            state=state_layout(config, context),
+            max_context=context,
+            settings=settings,
+        )
+        inside = replace(manifest, files={FILE: FileRecord("", 0)})
+        write_pte(folder / FILE, weights, context, constants(config, context, inside), say)
+        manifest = write_manifest(folder, replace(manifest, tokenizer=tuple(tokenizer)))
+        say("verifying against PyTorch")
+        figures = verify(folder, weights, say, ExecuTorchRunner)
+        return write_manifest(folder, replace(manifest, verification=figures))
+
+
+def constants(config: Config, max_context: int | None, manifest: Manifest) -> dict[str, Any]:
+    """Methods without input: what ExecuTorch's own runners ask, and our manifest."""
+    return {
+        MANIFEST_METHOD: json.dumps(json.loads(manifest.to_json()), ensure_ascii=False),
+        "get_max_seq_len": CHUNK,
+        "get_max_context_len": max_context or UNLIMITED,
+        "get_vocab_size": config.vocab_size,
+        "get_eos_ids": [config.eos_token_id],
+        "get_n_layers": len(config.layer_types),
+        "use_kv_cache": True,
+        "enable_dynamic_shape": True,
+    }
+
+
+def write_pte(
+    path: Path, weights: Weights, max_context: int | None, constant_methods: dict[str, Any],
+    say: Report,
+) -> None:  # fmt: skip
+    """Trace, lower to XNNPACK and write the three methods."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import (
+        EdgeCompileConfig,
+        ExecutorchBackendConfig,
+        to_edge_transform_and_lower,
+    )
+    from executorch.exir.passes import MemoryPlanningPass
+
+    programs = {}
+    for name, module, inputs, shapes in _methods(weights, max_context):
+        say(f"tracing {name}")
+        with torch.no_grad():
+            programs[name] = torch.export.export(
+                module.eval(), inputs, dynamic_shapes=shapes, strict=False
+            )
+    say("lowering to XNNPACK")
+    edge = to_edge_transform_and_lower(
+        programs, partitioner={name: [XnnpackPartitioner()] for name in programs},
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        constant_methods=constant_methods,
+    )  # fmt: skip
+    del programs
+    say("planning memory")
+    program = edge.to_executorch(
+        ExecutorchBackendConfig(
+            memory_planning_pass=MemoryPlanningPass(),
+            emit_mutable_buffer_names=True,  # else the state could be neither read nor written
+            do_quant_fusion_and_const_prop=True,  # else a quantised table has no kernel
+        )
+    )
+    say(f"writing {path.name}")
+    with path.open("wb") as file:
+        program.write_to_file(file)
+
+
+def _methods(
+    weights: Weights, max_context: int | None
+) -> list[tuple[str, nn.Module, tuple[torch.Tensor, ...], Any]]:
+    config = weights.config
+    tokens = torch.export.Dim("tokens", min=1, max=CHUNK)
+    side, some = config.image_size, 8
+    embeds = torch.zeros(1, some, config.hidden_size)
+    return [
+        ("token_embedding", TokenEmbedding(weights), (torch.zeros(1, some, dtype=torch.int64),),
+         ({1: tokens},)),
+        ("vision_encoder", VisionEncoder(weights), (torch.zeros(1, 3, side, side),), None),
+        ("text_decoder", TextDecoder(weights, max_context),
+         (embeds, torch.zeros(1, dtype=torch.int64)), ({1: tokens}, None)),
+    ]  # fmt: skip
