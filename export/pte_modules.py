@@ -2,7 +2,8 @@
 
     token_embedding (1, tokens) int64                 -> (1, tokens, hidden)
     vision_encoder  (1, 3, height, width)             -> (1, tokens per tile, hidden)
-    text_decoder    (1, tokens, hidden), start_pos (1,) int64 -> (1, 1, vocab_size), the last position
+    text_decoder    (1, tokens, hidden), start_pos (1,) int64
+                                                      -> (1, 1, vocab_size), of the last position
 
 One method reads prompts and single tokens, so that weights are packed once; its state are buffers
 that it writes over. `start_pos` 0 begins anew: the state is multiplied by nothing, so no method to
@@ -65,6 +66,9 @@ class VisionEncoder(nn.Module):
 class TextDecoder(nn.Module):
     """All layers, their state in buffers, and the head for the last position."""
 
+    sums: Tensor
+    future: Tensor
+
     def __init__(self, weights: Weights, max_context: int | None):
         super().__init__()
         config = self.config = weights.config
@@ -85,6 +89,7 @@ class TextDecoder(nn.Module):
         masks = self.sums[:tokens, :tokens], self.future[:tokens, :tokens]
         last, first_llm = len(self.layers) - 1, len(config.embedding.layer_types)
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
             if i == first_llm and config.normalize_encoder_output:
                 x = x / torch.sqrt((x * x).sum(-1, keepdim=True))
             x = x + layer.mix(x, keep, start_pos, masks)
@@ -96,6 +101,8 @@ class TextDecoder(nn.Module):
 
 class Layer(nn.Module):
     """Norm and mixer or attention, norm and MLP; the caller adds."""
+
+    attention: "Mixer | CachedAttention"
 
     def __init__(self, weights: Weights, index: int, kind: str, max_context: int | None):
         super().__init__()
@@ -125,6 +132,9 @@ class Layer(nn.Module):
 
 class Mixer(nn.Module):
     """Mamba-2 (spec 3.2) for any number of tokens, as attention within them and a state before."""
+
+    conv: Tensor
+    ssm: Tensor
 
     def __init__(self, weights: Weights, prefix: str, stack: StackConfig):
         super().__init__()
@@ -187,6 +197,12 @@ class Mixer(nn.Module):
 
 class CachedAttention(nn.Module):
     """Causal attention with RoPE over a cache for `max_context` tokens."""
+
+    key: Tensor
+    value: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
 
     def __init__(self, weights: Weights, prefix: str, stack: StackConfig, max_context: int):
         super().__init__()
@@ -297,7 +313,7 @@ def parameter(matrix: Matrix, *, activations: bool) -> nn.Parameter:
     return nn.Parameter(
         IntxUnpackedToInt8Tensor(
             torch.from_numpy(matrix.codes), scale, torch.zeros_like(scale, dtype=torch.int8),
-            torch.int4 if matrix.bits == 4 else torch.int8, (1, matrix.group), torch.float32,
+            getattr(torch, f"int{matrix.bits}"), (1, matrix.group), torch.float32,
             "int8_asym_per_token" if activations else None,
         ),
         requires_grad=False,

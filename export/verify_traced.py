@@ -89,18 +89,16 @@ class TracedRunner:
         )
         self._model = model
         self._names = state_names(model.config)
-        tokens, *state = [tensor.name for tensor in self._session.get_inputs()]
-        self.takes_ids = tokens == "input_ids"
-        outputs = [tensor.name for tensor in self._session.get_outputs()]
-        if (
-            tokens not in ("input_ids", "inputs_embeds")
-            or state != [f"past_state.{name}" for name in self._names]
-            or outputs != ["logits", *(f"present_state.{name}" for name in self._names)]
-        ):
-            raise UserError(
-                f"{graph}: not a traced decoder of this checkpoint: its inputs are "
-                f"{', '.join([tokens, *state])}; its outputs {', '.join(outputs)}"
-            )
+        inputs = {tensor.name: tensor.shape for tensor in self._session.get_inputs()}
+        self.takes_ids = "input_ids" in inputs
+        for name, tensor in zip(self._names, empty_state(model.config), strict=True):
+            found = inputs.get(f"past_state.{name}", "missing")
+            if not _fits(found, tensor.shape):
+                raise UserError(
+                    f"{graph}: not a traced decoder of this checkpoint: past_state.{name} is "
+                    f"{found}, expected {[None, *tensor.shape[1:]]} with free first and cache axes"
+                )
+        self._outputs = ["logits", *(f"present_state.{name}" for name in self._names)]
 
     def new_state(self) -> TracedState:
         """A state that has read nothing."""
@@ -130,7 +128,7 @@ class TracedRunner:
             feed["input_ids"] = ids[None]
         else:
             feed["inputs_embeds"] = self._embedded(ids, pixels)
-        logits, *after = cast(list[Floats], self._session.run(None, feed))
+        logits, *after = cast(list[Floats], self._session.run(self._outputs, feed))
         return logits[0], TracedState(dict(zip(self._names, after, strict=True)))
 
     @torch.inference_mode()
@@ -155,6 +153,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, CheckFailed) else 2
     print(args.graph, *(f"{name} {value}" for name, value in figures.items()), sep="\n  ")
     return 0
+
+
+def _fits(found: list[int | str] | str, empty: Sequence[int]) -> bool:
+    """Whether an input has the shape of a state: the same sizes where both are fixed."""
+    return len(found) == len(empty) and all(
+        have == want or not want or axis == 0
+        for axis, (have, want) in enumerate(zip(found, empty, strict=True))
+    )
 
 
 def _file(graph: str | Path) -> Path:
