@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.pte_backends import BACKENDS
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.quant.codes import GROUPS
 
@@ -56,8 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ort",
         action="store_true",
-        help="of onnx: graphs in ONNX Runtime's own format, with the list of operators that a reduced "
-        "mobile build of it needs",
+        help="of onnx: graphs in ONNX Runtime's own format, with the list of operators that a "
+        "reduced mobile build of it needs",
+    )
+    add(
+        "--backend",
+        choices=list(BACKENDS),
+        help="of executorch: xnnpack (default); the others are lowered and not run here",
     )
     add("--json", action="store_true", help="print one JSON object: the verification figures")
     parser.epilog = (
@@ -73,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         "report": lambda line: print(line, file=sys.stderr, flush=True),
     }  # fmt: skip
     if args.to == "onnx":
+        if args.backend:
+            raise UserError("--backend is for --to executorch; leave it out with --to onnx")
         from mmmamba_edge.export.to_onnx import export_onnx
 
         manifest = export_onnx(
@@ -85,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
                 raise UserError(f"--{name} is for --to onnx; leave it out with --to executorch")
         from mmmamba_edge.export.to_executorch import export_executorch
 
-        manifest = export_executorch(args.checkpoint, args.out, **options)
+        manifest = export_executorch(
+            args.checkpoint, args.out, backend=args.backend or "xnnpack", **options
+        )
     print(_as_json(args.out, manifest) if args.json else _as_text(args.out, manifest))
     return 0
 
@@ -110,6 +120,8 @@ def _as_text(out: Path, manifest: Manifest) -> str:
     size = sum(file.bytes for file in manifest.files.values())
     context = f" for {manifest.max_context:,} tokens" if manifest.max_context else ""
     lines = [f"{out}: {size:,} bytes; state {manifest.state_bytes:,} bytes{context}"]
+    if "not_run" in manifest.verification:
+        lines.append(f"  {manifest.verification['not_run']}: not verified")
     for key, what in _COMPARISONS.items():
         figures = manifest.verification.get(key)
         if figures:

@@ -16,14 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmmamba_edge.config import StackConfig
+from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Matrix, Weights
 from mmmamba_edge.model.layers import rope_tables
 from mmmamba_edge.model.mixer import G_NORM_EPS
 from mmmamba_edge.quant.codes import Codes, take_rows
+from mmmamba_edge.runtimes.executorch_runner import quietly
 
 HIDDEN = -1e9  # added to a log weight or a score that must not count: exp of it is 0
-CHUNK = 128  # tokens that text_decoder reads at once, at most
+
+
+def chunk_of(config: Config) -> int:
+    """Tokens that text_decoder reads at once, at most.
+
+    A tile's at least: ExecuTorch's own runner hands over all vectors of a picture together.
+    """
+    return max(128, config.tokens_per_tile)
 
 
 class TokenEmbedding(nn.Module):
@@ -76,10 +84,10 @@ class TextDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = Norm(weights, "language_model.model.norm.weight", config.llm.rms_norm_eps)
         self.head = linear(weights, HEAD)
-        self.register_buffer("sums", torch.ones(CHUNK + 1, CHUNK + 1).triu(), persistent=False)
-        self.register_buffer(
-            "future", torch.full((CHUNK + 1, CHUNK + 1), HIDDEN).triu(1), persistent=False
-        )
+        side = chunk_of(config) + 1  # one more: a slice of all would be no slice, and be refused
+        self.register_buffer("sums", torch.ones(side, side).triu(), persistent=False)
+        future = torch.full((side, side), HIDDEN).triu(1)
+        self.register_buffer("future", future, persistent=False)
 
     def forward(self, inputs_embeds: Tensor, start_pos: Tensor) -> Tensor:
         """(1, tokens, hidden), (1,) -> (1, 1, vocab_size)."""
@@ -307,7 +315,8 @@ def parameter(matrix: Matrix, *, activations: bool) -> nn.Parameter:
     """
     if not isinstance(matrix, Codes):
         return float_parameter(matrix)
-    from torchao.quantization import IntxUnpackedToInt8Tensor
+    with quietly():
+        from torchao.quantization import IntxUnpackedToInt8Tensor
 
     scale = torch.from_numpy(matrix.scale)
     return nn.Parameter(

@@ -14,17 +14,24 @@ from mmmamba_edge.bundle import file_sha256, new_bundle, write_manifest
 from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.decoder_graph import state_layout
-from mmmamba_edge.export.pte_modules import CHUNK, TextDecoder, TokenEmbedding, VisionEncoder
+from mmmamba_edge.export.pte_backends import check_backend, partition, partitioners
+from mmmamba_edge.export.pte_modules import (
+    TextDecoder,
+    TokenEmbedding,
+    VisionEncoder,
+    chunk_of,
+)
 from mmmamba_edge.export.to_onnx import context_limit
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import TOKENIZER, FileRecord, Manifest
 from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
 from mmmamba_edge.quant.schemes import scheme
-from mmmamba_edge.runtimes.executorch_runner import MANIFEST_METHOD, ExecuTorchRunner
+from mmmamba_edge.runtimes.executorch_runner import MANIFEST_METHOD, ExecuTorchRunner, quietly
 from mmmamba_edge.tokenizer import save_tokenizer_files
 
 FILE = "model.pte"
+PARTITION = "partition.json"  # which operators the backend took, of each method
 UNLIMITED = 2**31 - 1  # what a linear model's context is called in a number
 
 Report = Callable[[str], None]
@@ -37,6 +44,7 @@ def export_executorch(
     quant: str = "none",
     group_size: int | None = None,
     max_context: int | None = None,
+    backend: str = "xnnpack",
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -48,6 +56,8 @@ def export_executorch(
             and activations in 8 bits a token.
         group_size: of int4: weights that share a scale; None: 32.
         max_context: tokens that attention layers keep; None: `context_limit`.
+        backend: what the methods are lowered to (pte_backends.py). Another than "xnnpack" cannot
+            be run here: such a file is written with a report of its partition, unverified.
         report: told in a line what is being done.
 
     Returns:
@@ -59,6 +69,7 @@ def export_executorch(
     """
     say = report or (lambda line: None)
     stored = scheme(quant, group_size)
+    check_backend(backend)
     if quant == "fp16":
         raise UserError("--quant fp16: XNNPACK runs float32 or 8-bit activations; use int8 or int4")
     source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
@@ -87,7 +98,7 @@ def export_executorch(
             model_id=source.weights_id(),
             model=config,
             quant=quant,
-            ops="xnnpack",
+            ops=backend,
             opset={},
             graphs=dict.fromkeys(("vision", "embed", "decoder"), FILE),
             state=state_layout(config, context),
@@ -95,8 +106,13 @@ def export_executorch(
             settings=settings,
         )
         inside = replace(manifest, files={FILE: FileRecord("", 0)})
-        write_pte(folder / FILE, weights, context, constants(config, context, inside), say)
+        inside_methods = constants(config, context, inside)
+        parts = write_pte(folder / FILE, weights, context, inside_methods, backend, say)
+        (folder / PARTITION).write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
         manifest = write_manifest(folder, replace(manifest, tokenizer=tuple(tokenizer)))
+        if backend != "xnnpack":
+            not_run = {"not_run": f"lowered to {backend}, which does not run here"}
+            return write_manifest(folder, replace(manifest, verification=not_run))
         say("verifying against PyTorch")
         figures = verify(folder, weights, say, ExecuTorchRunner)
         return write_manifest(folder, replace(manifest, verification=figures))
@@ -106,7 +122,7 @@ def constants(config: Config, max_context: int | None, manifest: Manifest) -> di
     """Methods without input: what ExecuTorch's own runners ask, and our manifest."""
     return {
         MANIFEST_METHOD: json.dumps(json.loads(manifest.to_json()), ensure_ascii=False),
-        "get_max_seq_len": CHUNK,
+        "get_max_seq_len": chunk_of(config),
         "get_max_context_len": max_context or UNLIMITED,
         "get_vocab_size": config.vocab_size,
         "get_eos_ids": [config.eos_token_id],
@@ -118,49 +134,52 @@ def constants(config: Config, max_context: int | None, manifest: Manifest) -> di
 
 def write_pte(
     path: Path, weights: Weights, max_context: int | None, constant_methods: dict[str, Any],
-    say: Report,
-) -> None:  # fmt: skip
-    """Trace, lower to XNNPACK and write the three methods."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import (
-        EdgeCompileConfig,
-        ExecutorchBackendConfig,
-        to_edge_transform_and_lower,
-    )
-    from executorch.exir.passes import MemoryPlanningPass
+    backend: str, say: Report,
+) -> dict[str, Any]:  # fmt: skip
+    """Trace, lower and write the three methods; returns what was lowered (`partition`)."""
+    with quietly():
+        from executorch.exir import (
+            EdgeCompileConfig,
+            ExecutorchBackendConfig,
+            to_edge_transform_and_lower,
+        )
+        from executorch.exir.passes import MemoryPlanningPass
 
     programs = {}
     for name, module, inputs, shapes in _methods(weights, max_context):
         say(f"tracing {name}")
-        with torch.no_grad():
+        with torch.no_grad(), quietly():
             programs[name] = torch.export.export(
                 module.eval(), inputs, dynamic_shapes=shapes, strict=False
             )
-    say("lowering to XNNPACK")
-    edge = to_edge_transform_and_lower(
-        programs, partitioner={name: [XnnpackPartitioner()] for name in programs},
-        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        constant_methods=constant_methods,
-    )  # fmt: skip
+    say(f"lowering to {backend}")
+    with quietly():
+        edge = to_edge_transform_and_lower(
+            programs, partitioner={name: partitioners(backend) for name in programs},
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            constant_methods=constant_methods,
+        )  # fmt: skip
+        parts = {name: partition(edge.exported_program(name).graph_module) for name in programs}
     del programs
     say("planning memory")
-    program = edge.to_executorch(
-        ExecutorchBackendConfig(
-            memory_planning_pass=MemoryPlanningPass(),
-            emit_mutable_buffer_names=True,  # else the state could be neither read nor written
-            do_quant_fusion_and_const_prop=True,  # else a quantised table has no kernel
-        )
+    config = ExecutorchBackendConfig(
+        memory_planning_pass=MemoryPlanningPass(),
+        emit_mutable_buffer_names=True,  # else the state could be neither read nor written
+        do_quant_fusion_and_const_prop=True,  # else a quantised table has no kernel
     )
+    with quietly():
+        program = edge.to_executorch(config)
     say(f"writing {path.name}")
     with path.open("wb") as file:
         program.write_to_file(file)
+    return parts
 
 
 def _methods(
     weights: Weights, max_context: int | None
 ) -> list[tuple[str, nn.Module, tuple[torch.Tensor, ...], Any]]:
     config = weights.config
-    tokens = torch.export.Dim("tokens", min=1, max=CHUNK)
+    tokens = torch.export.Dim("tokens", min=1, max=chunk_of(config))
     side, some = config.image_size, 8
     embeds = torch.zeros(1, some, config.hidden_size)
     return [

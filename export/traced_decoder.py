@@ -7,7 +7,8 @@ place; a tracer would burn in the one and lose the other. Here the recurrence is
 over all tokens (`quadratic`), and caches grow. All else is the model's own modules.
 
 The state is a list of tensors, in the order of `state_names`; `empty_state` begins it. Every row of
-a batch holds the same number of tokens: there is no padding.
+a batch holds the same number of tokens: there is no padding. As in all reading with a state, RoPE
+has its plain base, without dynamic NTK.
 """
 
 import torch
@@ -123,7 +124,7 @@ def _mix(mixer: Mamba2Mixer, u: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tens
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
-    """(batch, seq, kv_heads, dim) -> (batch, seq, kv_heads * groups, dim), each head `groups` times.
+    """Each head `groups` times: (batch, seq, kv_heads, dim) -> (batch, seq, heads, dim).
 
     As `repeat_interleave`, which the TorchScript exporter writes with the traced sizes in it.
     """

@@ -92,11 +92,14 @@ class TracedRunner:
         inputs = {tensor.name: tensor.shape for tensor in self._session.get_inputs()}
         self.takes_ids = "input_ids" in inputs
         for name, tensor in zip(self._names, empty_state(model.config), strict=True):
-            found = inputs.get(f"past_state.{name}", "missing")
-            if not _fits(found, tensor.shape):
+            found = inputs.get(f"past_state.{name}")
+            sizes = ["batch", *(size or "past" for size in tensor.shape[1:])]
+            # Free axes may have any name.
+            fixed = [size if isinstance(size, int) else None for size in found or ()]
+            if fixed != [size if isinstance(size, int) else None for size in sizes]:
                 raise UserError(
                     f"{graph}: not a traced decoder of this checkpoint: past_state.{name} is "
-                    f"{found}, expected {[None, *tensor.shape[1:]]} with free first and cache axes"
+                    f"{found or 'missing'}, expected {sizes}"
                 )
         self._outputs = ["logits", *(f"present_state.{name}" for name in self._names)]
 
@@ -153,14 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, CheckFailed) else 2
     print(args.graph, *(f"{name} {value}" for name, value in figures.items()), sep="\n  ")
     return 0
-
-
-def _fits(found: list[int | str] | str, empty: Sequence[int]) -> bool:
-    """Whether an input has the shape of a state: the same sizes where both are fixed."""
-    return len(found) == len(empty) and all(
-        have == want or not want or axis == 0
-        for axis, (have, want) in enumerate(zip(found, empty, strict=True))
-    )
 
 
 def _file(graph: str | Path) -> Path:

@@ -5,8 +5,13 @@ own; a `PteState` is either the one that lies there, or has its numbers put by. 
 to another is a copy of a state's size, and nothing where a conversation has one.
 """
 
+import logging
+import os
 import struct
+import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +96,8 @@ class ExecuTorchRunner:
             )
         text = self._load(MANIFEST_METHOD, file).execute([])[0]
         inside = Manifest.from_json(text, f"{file} ({MANIFEST_METHOD})")
+        if inside.ops != "xnnpack":
+            raise UserError(f"{file}: lowered to {inside.ops}, which does not run here")
         if manifest is not None and (manifest.model_id, manifest.quant) != (
             inside.model_id, inside.quant,
         ):  # fmt: skip
@@ -312,13 +319,40 @@ def _tokenizer(folder: Path, manifest: Manifest) -> Path | None:
 
 def _runtime(threads: int | None) -> Any:
     try:
-        import executorch.kernels.quantized  # noqa: F401  (registers the operators)
-        from executorch.extension.pybindings import portable_lib
-        from executorch.runtime import Runtime
+        with quietly():
+            import executorch.kernels.quantized  # noqa: F401  (registers the operators)
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
+
+            portable_lib._threadpool_get_thread_count()  # makes the pool
+            if threads:
+                portable_lib._unsafe_reset_threadpool(threads)
+            return Runtime.get()
     except ModuleNotFoundError as error:
         raise UserError(
             "this needs executorch, which is not installed: pip install 'mmmamba-edge[executorch]'"
         ) from error
-    if threads:
-        portable_lib._unsafe_reset_threadpool(threads)
-    return Runtime.get()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what executorch and torchao have to say of themselves while they load.
+
+    Warnings of theirs, and lines that their C++ writes to stderr about files under /sys.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    levels = {name: logging.getLogger(name).level for name in ("torchao", "torch.utils._pytree")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.dup2(nowhere, 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -18,21 +18,21 @@ from mmmamba_edge.model.decoder import MMMamba
 
 torch.set_num_threads(1)  # tiny models: a second thread costs more than it brings
 
-_ROOT = Path(tempfile.mkdtemp(prefix="mmmamba-edge-tests."))
-atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
+ROOT = Path(tempfile.mkdtemp(prefix="mmmamba-edge-tests."))
+atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
 
 
 @cache
 def checkpoint(part: str, variant: str) -> Path:
     """A golden model as a checkpoint folder; part "small" is `small_model`."""
     model = small_model(variant) if part == "small" else golden.model(part, variant)
-    return save_model(model, _ROOT / f"{part}-{variant}")
+    return save_model(model, ROOT / f"{part}-{variant}")
 
 
 @cache
 def bundle(part: str, variant: str, quant: str = "none", ops: str = "com.microsoft") -> Path:
     """Its bundle."""
-    out = _ROOT / f"{part}-{variant}-{quant}-{ops}"
+    out = ROOT / f"{part}-{variant}-{quant}-{ops}"
     export_onnx(checkpoint(part, variant), out, quant=quant, ops=ops)
     return out
 

@@ -1,4 +1,4 @@
-"""Sessions on the real runtimes: a tiny random model in PyTorch, and its bundle in ONNX Runtime."""
+"""Sessions on the real runtimes: a tiny random model in PyTorch, and its bundles for the others."""
 
 import json
 import os
@@ -56,6 +56,22 @@ def onnx(folders) -> Runner:
 
 
 @pytest.fixture(scope="module")
+def pte(folders) -> Runner:
+    pytest.importorskip("executorch")
+    from mmmamba_edge.export.to_executorch import export_executorch
+
+    limit = 400 if "attention" in mm.open_bundle(folders[1]).config.layer_types else None
+    export_executorch(folders[0], folders[1].parent / "pte", max_context=limit)
+    return mm.open_bundle(folders[1].parent / "pte")
+
+
+@pytest.fixture(params=["onnx", "pte"])
+def exported(request) -> Runner:
+    """Each runtime's runner in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
 def pytorch(folders) -> Runner:
     return mm.open_bundle(folders[0], runtime="torch")
 
@@ -73,21 +89,21 @@ def talk(session, **sampling):
     ]
 
 
-def test_both_runtimes_hold_the_same_conversation(onnx, pytorch):
-    assert onnx.model_id == pytorch.model_id
-    answers = talk(Session(onnx, system="s"))
+def test_all_runtimes_hold_the_same_conversation(exported, pytorch):
+    assert exported.model_id == pytorch.model_id
+    answers = talk(Session(exported, system="s"))
     assert answers == talk(Session(pytorch, system="s"))
     assert len(set(answers)) == 3 and all(answers)
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED])
-def test_a_file_goes_on_exactly_where_the_session_stood(onnx, tmp_path, sampling):
-    session = Session(onnx, system="s")
+def test_a_file_goes_on_exactly_where_the_session_stood(exported, tmp_path, sampling):
+    session = Session(exported, system="s")
     answer = session.ask("What is this?", [picture(1)], max_new_tokens=12, **sampling)
     for _ in range(4):
         next(answer)
     session.save(tmp_path / "s")
-    twin, fork = Session.load(tmp_path / "s", onnx), session.fork()
+    twin, fork = Session.load(tmp_path / "s", exported), session.fork()
     rest = list(answer)
     assert rest and rest == list(twin.resume()) == list(fork.resume())
     assert talk(session, **sampling) == talk(twin, **sampling) == talk(fork, **sampling)
@@ -96,8 +112,8 @@ def test_a_file_goes_on_exactly_where_the_session_stood(onnx, tmp_path, sampling
         np.testing.assert_array_equal(one._answer.position.logits, other._answer.position.logits)
 
 
-def test_a_file_moves_between_runtimes(onnx, pytorch, tmp_path):
-    session = Session(onnx, system="s")
+def test_a_file_moves_between_runtimes(exported, pytorch, tmp_path):
+    session = Session(exported, system="s")
     list(session.ask("What is this?", [picture(1)], max_new_tokens=8))
     session.save(tmp_path / "s")
     moved = Session.load(tmp_path / "s", pytorch)
@@ -106,9 +122,9 @@ def test_a_file_moves_between_runtimes(onnx, pytorch, tmp_path):
     )
 
 
-def test_two_sessions_on_one_runner_do_not_disturb_each_other(onnx):
-    alone = talk(Session(onnx, system="s"))
-    one, other = Session(onnx, system="s"), Session(onnx, system="t")
+def test_two_sessions_on_one_runner_do_not_disturb_each_other(exported):
+    alone = talk(Session(exported, system="s"))
+    one, other = Session(exported, system="s"), Session(exported, system="t")
     answer = one.ask("What is this?", [picture(1)], max_new_tokens=8)
     pieces = []
     for piece in answer:
@@ -117,12 +133,12 @@ def test_two_sessions_on_one_runner_do_not_disturb_each_other(onnx):
     assert "".join(pieces) == alone[0]
 
 
-def test_snapshots_save_reading_and_change_nothing(onnx):
+def test_snapshots_save_reading_and_change_nothing(exported):
     cache = mm.PrefixCache()
     for question in ("What?", "How many?"):
-        session = Session(onnx, prefix_cache=cache)
+        session = Session(exported, prefix_cache=cache)
         text = "".join(session.ask(question, [picture(1)], max_new_tokens=8))
-        assert text == "".join(Session(onnx).ask(question, [picture(1)], max_new_tokens=8))
+        assert text == "".join(Session(exported).ask(question, [picture(1)], max_new_tokens=8))
     assert session.stats.reused_tokens > 12
 
 
