@@ -82,11 +82,7 @@ class TracedRunner:
     """A traced decoder in ONNX Runtime; what it does not hold, the PyTorch model does."""
 
     def __init__(self, graph: Path, model: MMMamba):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            graph, options, providers=["CPUExecutionProvider"]
-        )
+        self._session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self._model = model
         self._names = state_names(model.config)
         inputs = {tensor.name: tensor.shape for tensor in self._session.get_inputs()}

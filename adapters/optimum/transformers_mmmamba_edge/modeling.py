@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
@@ -108,10 +108,10 @@ class MMMambaForCausalLM(PreTrainedModel):
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+        config: Any = kwargs.get("config") or MMMambaHFConfig.from_pretrained(folder)
         return cls(config, load_model(folder, torch.get_default_device(), dtype)).eval()
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint in the training layout, into a folder that does not exist yet."""
         save_model(self.model, save_directory)
 
@@ -140,11 +140,12 @@ class MMMambaForCausalLM(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give input_ids or inputs_embeds, one of them")
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        config, named = self.model.config, isinstance(past_state, dict)
+        config = self.model.config
         if past_state is None:
             past_state = [t.to(x.device) for t in empty_state(config, x.shape[0], x.dtype)]
+        if not isinstance(past_state, dict):
+            logits, state = read(self.model, x, past_state)
+            return MMMambaOutput(logits=logits, present_state=state)
         names = state_names(config)
-        before = [past_state[name] for name in names] if named else past_state
-        logits, after = read(self.model, x, before)
-        state = dict(zip(names, after, strict=True)) if named else after
-        return MMMambaOutput(logits=logits, present_state=state)
+        logits, state = read(self.model, x, [past_state[name] for name in names])
+        return MMMambaOutput(logits=logits, present_state=dict(zip(names, state, strict=True)))

@@ -40,7 +40,7 @@ def export(checkpoint: str | Path, out: str | Path, *, embeds: bool = False) -> 
     }
     state = {name: torch.rand(BATCH, *sizes[name]) for name in state_names(config)}
     free = torch.export.Dim.DYNAMIC
-    axes = {name: {0: free, 1: free} for name in tokens}
+    axes: dict[str, Any] = {name: {0: free, 1: free} for name in tokens}
     axes["past_state"] = {
         name: {0: free, **({2: free} if is_cache(name) else {})} for name in state
     }
