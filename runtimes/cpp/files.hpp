@@ -20,7 +20,8 @@ inline std::string read_file(const std::string& path) {
     std::string bytes;
     if (std::FILE* file = std::fopen(path.c_str(), "rb")) {
         char part[1 << 16];
-        while (const size_t count = std::fread(part, 1, sizeof part, file)) bytes.append(part, count);
+        while (const size_t count = std::fread(part, 1, sizeof part, file))
+            bytes.append(part, count);
         const int failed = std::ferror(file) ? errno : 0;  // as for a folder, which opens
         std::fclose(file);
         if (!failed) return bytes;

@@ -17,14 +17,15 @@ namespace {
 
 using nlohmann::ordered_json;
 
-const char* const USAGE = R"(usage: mmmamba_chat MODEL.pte [--tokenizer FILE] [--image FILE]... [--prompt TEXT]...
+const char* const USAGE =
+    R"(usage: mmmamba_chat MODEL.pte [--tokenizer FILE] [--image FILE]... [--prompt TEXT]...
                     [--session FILE] [--max-new-tokens N] [--threads N] [--json]
 
 Show a model pictures and talk about them. Without --prompt: one question a line from stdin, where
 "/image FILE" shows a picture with the next one.
 
   --tokenizer FILE     tokenizer.json (default: tokenizer/tokenizer.json beside the model)
-  --image FILE         a picture for the first question: PNG, JPEG, PPM, BMP or GIF
+  --image FILE         a picture for the first question: PNG, JPEG, PPM or PGM
   --prompt TEXT        ask this; given again, the next turn of the same conversation
   --session FILE       go on from this file if it is there, and keep the conversation in it
   --max-new-tokens N   tokens of an answer at most (default: 512)
@@ -81,15 +82,15 @@ Options parse(const std::vector<std::string>& words) {
 void check_tokenizer_files(const std::string& tokenizer, const Manifest& manifest) {
     const auto& wanted = manifest.tokenizer_sha256;
     if (!wanted.empty() && !wanted.count("tokenizer.json")) {
-        throw UserError("this model's tokenizer is " + wanted.begin()->first + "; this program reads "
-                        "tokenizer.json only: run the model with Python");
+        throw UserError("this model's tokenizer is " + wanted.begin()->first +
+                        "; this program reads tokenizer.json only: run the model with Python");
     }
     for (const auto& [name, digest] : wanted) {
         const auto beside = std::filesystem::path(tokenizer).parent_path() / name;
         const std::string file = name == "tokenizer.json" ? tokenizer : beside.string();
         if (sha256(read_file(file)) != digest) {
-            throw UserError(file + ": another tokenizer; this model was exported with one of sha256 " +
-                            digest);
+            throw UserError(
+                file + ": another tokenizer; this model was exported with one of sha256 " + digest);
         }
     }
 }
@@ -100,7 +101,8 @@ std::string harmless(const std::string& text) {
     for (size_t at = 0; at < text.size();) {
         const Character character = next_character(std::string_view(text).substr(at));
         const char32_t code = character.code;
-        const bool control = (code < 32 && code != '\n' && code != '\t') || (code >= 127 && code < 160);
+        const bool control =
+            (code < 32 && code != '\n' && code != '\t') || (code >= 127 && code < 160);
         if (!control) out += text.substr(at, character.length);
         at += character.length;
     }
@@ -129,10 +131,11 @@ public:
         check_utf8(question, "prompt");
         std::string said;
         const bool to_terminal = ::isatty(STDOUT_FILENO);
-        const Answer& answer =
-            session_.ask(question, pictures_, options_.max_new_tokens, [&](const std::string& piece) {
+        const Answer& answer = session_.ask(
+            question, pictures_, options_.max_new_tokens, [&](const std::string& piece) {
                 said += piece;
-                if (!options_.json) std::cout << (to_terminal ? harmless(piece) : piece) << std::flush;
+                if (!options_.json)
+                    std::cout << (to_terminal ? harmless(piece) : piece) << std::flush;
             });
         if (!options_.session.empty()) session_.save(options_.session);
         if (!options_.json) std::cout << std::endl;
@@ -163,8 +166,10 @@ public:
     }
 
     ordered_json summary() const {
-        return {{"model", {{"model_id", manifest_.model_id}, {"quant", manifest_.quant},
-                           {"variant", manifest_.variant}}},
+        return {{"model",
+                 {{"model_id", manifest_.model_id},
+                  {"quant", manifest_.quant},
+                  {"variant", manifest_.variant}}},
                 {"turns", turns_},
                 {"answer", turns_.empty() ? ordered_json() : turns_.back()["answer"]}};
     }
@@ -172,11 +177,12 @@ public:
 private:
     static void report(const Stats& stats) {
         char line[160];
-        std::snprintf(line, sizeof line,
-                      "%lld tokens at %.1f tok/s; prompt %lld tokens in %.2f s; context %lld tokens\n",
-                      static_cast<long long>(stats.generated_tokens), stats.speed(),
-                      static_cast<long long>(stats.prompt_tokens), stats.prefill_s,
-                      static_cast<long long>(stats.context_tokens));
+        std::snprintf(
+            line, sizeof line,
+            "%lld tokens at %.1f tok/s; prompt %lld tokens in %.2f s; context %lld tokens\n",
+            static_cast<long long>(stats.generated_tokens), stats.speed(),
+            static_cast<long long>(stats.prompt_tokens), stats.prefill_s,
+            static_cast<long long>(stats.context_tokens));
         std::cerr << line;
     }
 

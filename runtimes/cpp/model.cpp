@@ -4,11 +4,8 @@
 #include <executorch/runtime/platform/platform.h>
 
 #include <algorithm>
-#include <cmath>
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
-#include <set>
 
 #include "files.hpp"
 
@@ -29,13 +26,12 @@ using executorch::extension::from_blob;
 using executorch::extension::Module;
 using executorch::runtime::Error;
 using executorch::runtime::EValue;
-using nlohmann::json;
+using executorch::runtime::Program;
 
-constexpr int FORMAT = 1;  // of the manifest; other numbers are refused
 const char* const MANIFEST = "mmmamba_manifest";
 const char* const METHODS[] = {"token_embedding", "vision_encoder", "text_decoder", MANIFEST};
 
-// --- what ExecuTorch logs: kept for the one line that an error is ---------------------------------
+// --- what ExecuTorch logs: kept for the one line that an error is -------------------------------
 
 std::string last_complaint;
 
@@ -49,11 +45,11 @@ UserError failure(const std::string& path, const std::string& what, Error error)
     return UserError(path + ": ExecuTorch cannot " + what + " (" + detail + ")");
 }
 
-// --- the file -------------------------------------------------------------------------------------
+// --- the file -----------------------------------------------------------------------------------
 
-// UserError unless `path` is a .pte, and as long as its header says: ExecuTorch reads beyond the end
-// of a shorter one. The header (its schema/extended_header.h): 8 bytes of flatbuffer, "eh00", the
-// header's length, the program's size, where segments begin and, in newer files, their size.
+// UserError unless `path` is a .pte, and as long as its header says: ExecuTorch reads beyond the
+// end of a shorter one. The header (its schema/extended_header.h): 8 bytes of flatbuffer, "eh00",
+// the header's length, the program's size, where segments begin and, in newer files, their size.
 void check_whole(const std::string& path) {
     namespace fs = std::filesystem;
     if (!fs::is_regular_file(path)) throw UserError(path + ": no such file; expected a .pte");
@@ -72,70 +68,9 @@ void check_whole(const std::string& path) {
     const uint64_t data = number(12, 4) >= 32 ? number(32, 8) : 0;
     const uint64_t expected = std::max(segments ? segments + data : program, segments);
     if (fs::file_size(path) < expected) {
-        throw UserError(path + ": truncated, " + std::to_string(fs::file_size(path)) + " bytes of " +
-                        std::to_string(expected) + "; copy or export it again");
+        throw UserError(path + ": truncated, " + std::to_string(fs::file_size(path)) +
+                        " bytes of " + std::to_string(expected) + "; copy or export it again");
     }
-}
-
-// --- the manifest ---------------------------------------------------------------------------------
-
-// Whoever skips a key that he does not know runs a model that he does not know.
-void check_keys(const json& object, const std::set<std::string>& keys, const std::string& where) {
-    for (const auto& [key, value] : object.items()) {
-        if (!keys.count(key)) throw UserError(where + ": unknown key " + key);
-    }
-    for (const std::string& key : keys) {
-        if (!object.contains(key)) throw UserError(where + ": missing key " + key);
-    }
-}
-
-Manifest read_manifest(const std::string& text, const std::string& where) {
-    const json data = json::parse(text);
-    if (!data.is_object() || !data.contains("format")) {
-        throw UserError(where + ": no format number; this is not a bundle's manifest");
-    }
-    if (data["format"] != FORMAT) {
-        throw UserError(where + ": bundle format " + data["format"].dump() + "; this release reads " +
-                        std::to_string(FORMAT) + ". Export the checkpoint again with this release, "
-                        "or use the release that made the file");
-    }
-    check_keys(data,
-               {"format", "producer", "model_id", "quant", "max_context", "ops", "opset", "settings",
-                "graphs", "state", "template", "tokenizer", "model", "verification", "files"},
-               where);
-    const json& model = data["model"];
-    check_keys(model,
-               {"embedding", "llm", "vocab_size", "image_size", "patch_size", "downsample_ratio",
-                "pixel_shuffle_loc", "img_context_token_id", "eos_token_id",
-                "normalize_encoder_output", "template", "min_dynamic_patch", "max_dynamic_patch",
-                "use_thumbnail"},
-               where + " model");
-    Manifest m;
-    m.model_id = data["model_id"];
-    m.quant = data["quant"];
-    m.template_name = data["template"];
-    if (!data["max_context"].is_null()) m.max_context = data["max_context"].get<int64_t>();
-    m.variant = m.max_context ? "hybrid" : "linear";
-    m.tokenizer_sha256 = data["settings"].value("tokenizer_sha256", m.tokenizer_sha256);
-    m.vocab_size = model["vocab_size"];
-    m.image_token = model["img_context_token_id"];
-    const int side = model["image_size"], patch = model["patch_size"];
-    const int merge = std::lround(1 / model["downsample_ratio"].get<double>());
-    if (side < 1 || patch < 1 || merge < 1 || side / patch / merge < 1) {
-        throw UserError(where + ": image_size " + std::to_string(side) + " holds no patch");
-    }
-    m.tokens_per_tile = (side / patch / merge) * (side / patch / merge);
-    m.tiles = {side, model["min_dynamic_patch"], model["max_dynamic_patch"], model["use_thumbnail"]};
-    m.state_bytes = data["state"].at("bytes");
-    for (const json& tensor : data["state"].at("tensors")) {
-        auto shape = tensor.at("shape").get<std::vector<int64_t>>();
-        if (tensor.at("dtype") != "float32" || shape.empty()) {
-            throw UserError(where + ": the state is not float32, which this program expects");
-        }
-        shape.erase(shape.begin());
-        m.state.push_back({tensor.at("name"), shape});
-    }
-    return m;
 }
 
 }  // namespace
@@ -149,25 +84,20 @@ Model::Model(const std::string& path, int threads) : path_(path) {
     }
     // Mapped: weights are copied into XNNPACK's own layout, so the file's bytes are read once.
     module_ = std::make_unique<Module>(path, Module::LoadMode::Mmap);
-    const Error loaded = module_->load(executorch::runtime::Program::Verification::InternalConsistency);
+    const Error loaded = module_->load(Program::Verification::InternalConsistency);
     if (loaded != Error::Ok) throw failure(path, "load it", loaded);
     const auto names = module_->method_names();
     if (!names.ok()) throw failure(path, "list its methods", names.error());
     for (const char* method : METHODS) {
         if (!names->count(method)) {
-            throw UserError(path + ": has no method " + method + "; expected a file that "
-                            "`mmmamba-edge export --to executorch` wrote");
+            throw UserError(path + ": has no method " + method +
+                            "; expected a file of `mmmamba-edge export --to executorch`");
         }
     }
     const auto text = module_->get(MANIFEST);
     if (!text.ok()) throw failure(path, std::string("run ") + MANIFEST, text.error());
-    const std::string where = path + " (" + MANIFEST + ")";
-    try {
-        const auto view = text->toString();
-        manifest_ = read_manifest({view.data(), view.size()}, where);
-    } catch (const json::exception& error) {
-        throw UserError(where + ": damaged (" + error.what() + ")");
-    }
+    const auto view = text->toString();
+    manifest_ = read_manifest({view.data(), view.size()}, path + " (" + MANIFEST + ")");
     for (const char* method : {"token_embedding", "text_decoder"}) {  // vision: with a picture
         const Error error = module_->load_method(method);
         if (error != Error::Ok) throw failure(path, std::string("load ") + method, error);
@@ -187,32 +117,34 @@ float* Model::read(const std::vector<int64_t>& ids, const std::vector<Tile>& til
         }
     }
     const std::vector<float> images = image_vectors(tiles);
-    const float* image = images.data();
+    const float *image = images.data(), *end = image + images.size();
     float* logits = nullptr;
     for (size_t at = 0; at < ids.size();) {
         const auto count = static_cast<int32_t>(std::min<size_t>(chunk_, ids.size() - at));
         std::vector<int64_t> part(ids.begin() + at, ids.begin() + at + count);
-        auto vectors = run("token_embedding", {from_blob(part.data(), {1, count},
-                                                         executorch::aten::ScalarType::Long)});
+        auto vectors =
+            run("token_embedding",
+                {from_blob(part.data(), {1, count}, executorch::aten::ScalarType::Long)});
         const int64_t hidden = vectors.size(2);
         for (int32_t i = 0; i < count; ++i) {
             if (part[i] != manifest_.image_token) continue;
-            if (image + hidden > images.data() + images.size()) {
+            if (image + hidden > end) {
                 throw UserError("more image tokens than the pictures have vectors");
             }
             std::copy_n(image, hidden, vectors.mutable_data_ptr<float>() + i * hidden);
             image += hidden;
         }
-        auto out = run("text_decoder", {vectors, from_blob(&tokens_, {1},
-                                                           executorch::aten::ScalarType::Long)});
+        auto out = run("text_decoder",
+                       {vectors, from_blob(&tokens_, {1}, executorch::aten::ScalarType::Long)});
         if (out.numel() != manifest_.vocab_size) {
-            throw UserError(path_ + ": gives " + std::to_string(out.numel()) + " logits; expected " +
-                            std::to_string(manifest_.vocab_size));
+            throw UserError(path_ + ": gives " + std::to_string(out.numel()) +
+                            " logits; expected " + std::to_string(manifest_.vocab_size));
         }
         logits = out.mutable_data_ptr<float>();
         tokens_ += count;
         at += count;
     }
+    if (image != end) throw UserError("the pictures have more vectors than there are image tokens");
     return logits;
 }
 
@@ -220,7 +152,8 @@ std::vector<float> Model::image_vectors(const std::vector<Tile>& tiles) {
     const int side = manifest_.tiles.side;
     std::vector<float> vectors;
     for (const Tile& tile : tiles) {
-        auto out = run("vision_encoder", {from_blob(const_cast<float*>(tile.data()), {1, 3, side, side})});
+        auto out =
+            run("vision_encoder", {from_blob(const_cast<float*>(tile.data()), {1, 3, side, side})});
         const float* data = out.const_data_ptr<float>();  // (1, tokens per tile, hidden)
         vectors.insert(vectors.end(), data, data + out.numel());
     }
@@ -242,7 +175,8 @@ std::vector<float*> Model::state() {
     std::vector<float*> buffers;
     for (const auto& [name, shape] : manifest_.state) {
         const size_t dot = name.find('.');
-        const std::string buffer = "layers." + name.substr(0, dot) + ".attention" + name.substr(dot);
+        const std::string buffer =
+            "layers." + name.substr(0, dot) + ".attention" + name.substr(dot);
         auto tensor = (*decoder)->get_attribute(buffer);
         if (!tensor.ok()) throw failure(path_, "find " + buffer, tensor.error());
         int64_t count = 1;

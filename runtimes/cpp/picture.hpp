@@ -12,7 +12,7 @@ struct Picture {
     std::vector<uint8_t> rgb;  // (height, width, 3)
 };
 
-// PNG, JPEG, PPM, PGM, BMP or GIF; as mmmamba_edge/image.py decodes them, but for JPEG's last bit.
+// PNG, JPEG, PPM or PGM, with the pixels that mmmamba_edge/image.py gets of them.
 // UserError: not readable, not a picture, damaged, or too large.
 Picture load_picture(const std::string& path);
 

@@ -55,9 +55,9 @@ Prompt Template::user_turn(const std::string& question, const std::vector<int>& 
         at += PLACEHOLDER.size();
     }
     if (named > tile_counts.size()) {
-        throw UserError("prompt: " + std::to_string(named) + " " + PLACEHOLDER + " for " +
-                        std::to_string(tile_counts.size()) + " pictures; give one picture for each, "
-                        "or leave " + PLACEHOLDER + " out");
+        throw UserError("prompt: " + std::to_string(named) + " <image> for " +
+                        std::to_string(tile_counts.size()) + " pictures; give one picture for " +
+                        "each, or leave <image> out");
     }
     std::string rest;
     for (size_t i = named; i < tile_counts.size(); ++i) rest += PLACEHOLDER + "\n";

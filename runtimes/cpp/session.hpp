@@ -11,7 +11,7 @@
 
 namespace mmmamba {
 
-struct Stats {  // of the last turn, as mmmamba_edge/answer.py names them
+struct Stats {                     // of the last turn, as mmmamba_edge/answer.py names them
     int64_t turn = 0;              // questions asked so far
     int64_t prompt_tokens = 0;     // read before the answer began
     int64_t generated_tokens = 0;  // said
@@ -36,24 +36,26 @@ public:
 
     // Reads a question with its pictures and says the likeliest answer, piece by piece; no piece
     // splits a character. UserError: nothing asked, or no room in a hybrid's attention caches.
+    using Say = std::function<void(const std::string&)>;
     const Answer& ask(const std::string& question, const std::vector<Picture>& pictures,
-                      int64_t max_new_tokens, const std::function<void(const std::string&)>& say);
-
-    const Answer& answer() const { return answer_; }  // the last one
+                      int64_t max_new_tokens, const Say& say);
 
     // Session files, the same as Python's. UserError: another model's, damaged, not writable.
     void save(const std::string& path);
     void load(const std::string& path);
 
 private:
+    std::vector<int64_t> turn_ids(const std::string& question,
+                                  const std::vector<int>& tile_counts) const;
+    void answer(int64_t max_new_tokens, const Say& say);
+    std::string next_token(int64_t max_new_tokens);
     int64_t likeliest();
-    void step(int64_t id);
 
     Model& model_;
     const Tokenizer& tokenizer_;
     const Template* template_;
     std::vector<int64_t> stop_ids_;
-    Answer answer_;
+    Answer answer_;                   // the last one
     float* logits_ = nullptr;         // (vocab_size,) after the last token read
     std::optional<int64_t> pending_;  // a token that was said and not read yet
 };

@@ -42,7 +42,8 @@ std::string digest(const TensorFile& file) {
     Sha256 hash;
     hash.update("[" + pairs + "]");
     for (const auto& [name, array] : file.arrays) {
-        hash.update("\n" + name + " " + NUMPY_NAMES.at(array.dtype) + " " + tuple(array.shape) + "\n");
+        hash.update("\n" + name + " " + NUMPY_NAMES.at(array.dtype) + " " + tuple(array.shape) +
+                    "\n");
         hash.update(array.bytes);
     }
     return hash.hex();
@@ -65,7 +66,8 @@ void write_tensors(const std::string& path, const TensorFile& file) {
     int64_t at = 0;
     for (const auto& [name, array] : file.arrays) {
         const int64_t end = at + size_of(array);
-        header[name] = {{"dtype", array.dtype}, {"shape", array.shape}, {"data_offsets", {at, end}}};
+        header[name] = {
+            {"dtype", array.dtype}, {"shape", array.shape}, {"data_offsets", {at, end}}};
         at = end;
     }
     std::string text = header.dump();
@@ -120,11 +122,13 @@ TensorFile read_tensors(const std::string& path) {
         throw UserError(path + ": not a session file (" + error.what() + ")");
     }
     if (file.metadata["sha256"] != digest(file)) {
-        throw UserError(path + ": damaged, the contents do not match their hash; it cannot be used");
+        throw UserError(path +
+                        ": damaged, the contents do not match their hash; it cannot be used");
     }
     for (const auto& [name, array] : file.arrays) {
         if (size_of(array) != static_cast<int64_t>(array.bytes.size())) {
-            throw UserError(path + ": " + name + " has not the size of its shape; it cannot be used");
+            throw UserError(path + ": " + name +
+                            " has not the size of its shape; it cannot be used");
         }
     }
     return file;

@@ -34,7 +34,7 @@ std::pair<int, int> choose_grid(double width, double height, const TileRules& ru
     return best;
 }
 
-// --- resizing: libImaging/Resample.c of Pillow, for 8 bits ----------------------------------------
+// --- resizing: libImaging/Resample.c of Pillow, for 8 bits --------------------------------------
 
 constexpr int PRECISION = 32 - 8 - 2;  // bits of a weight behind the point
 
@@ -94,7 +94,8 @@ Picture resize_width(const Picture& from, int width) {
     const std::vector<Window> all = windows(from.width, width);
     for (int y = 0; y < to.height; ++y) {
         const uint8_t* row = &from.rgb[size_t{3} * y * from.width];
-        for (int x = 0; x < width; ++x) filter(row, 3, all[x], &to.rgb[3 * (size_t(y) * width + x)]);
+        for (int x = 0; x < width; ++x)
+            filter(row, 3, all[x], &to.rgb[3 * (size_t(y) * width + x)]);
     }
     return to;
 }
@@ -111,7 +112,7 @@ Picture resize_height(const Picture& from, int height) {
     return to;
 }
 
-// --- normalising ----------------------------------------------------------------------------------
+// --- normalising --------------------------------------------------------------------------------
 
 // ImageNet's mean and standard deviation, as every model of the family was trained.
 constexpr float MEAN[3] = {0.485f, 0.456f, 0.406f}, DEVIATION[3] = {0.229f, 0.224f, 0.225f};

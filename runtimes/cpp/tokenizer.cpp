@@ -86,7 +86,8 @@ bool begins_with(const json& processor, const std::string& name) {
         return std::any_of(parts.begin(), parts.end(),
                            [&](const json& part) { return begins_with(part, name); });
     }
-    if (kind != "TemplateProcessing") throw UserError("post_processor " + kind + " is not supported");
+    if (kind != "TemplateProcessing")
+        throw UserError("post_processor " + kind + " is not supported");
     const json& single = processor.at("single");
     if (single.empty() || !single[0].contains("SpecialToken")) return false;
     return single[0]["SpecialToken"].at("id") == name;
@@ -185,15 +186,16 @@ void Tokenizer::read_ends(const json& data) {
         if (small.contains("add_bos_token")) add_bos = small["add_bos_token"];
     }
     if (has_token(eos)) eos_id_ = token_id(eos);
-    const bool wanted = add_bos.is_null() ? begins_with(member(data, "post_processor"), bos)
-                                          : add_bos.get<bool>();
+    const bool wanted =
+        add_bos.is_null() ? begins_with(member(data, "post_processor"), bos) : add_bos.get<bool>();
     if (wanted && has_token(bos)) bos_id_ = token_id(bos);
 }
 
 int64_t Tokenizer::token_id(const std::string& name) const {
     const auto found = id_of_.find(name);
     if (found != id_of_.end()) return found->second;
-    throw UserError(path_ + ": has no token '" + name + "'; use the files that came with the model");
+    throw UserError(path_ + ": has no token '" + name +
+                    "'; use the files that came with the model");
 }
 
 std::vector<int64_t> Tokenizer::stop_ids(const Template& style) const {
@@ -249,7 +251,8 @@ void Tokenizer::encode_text(const std::string& text, std::vector<int64_t>& ids) 
     for (size_t i = before; i < ids.size(); ++i) {
         const auto found = added_.find(ids[i]);
         if (found != added_.end() && ids[i] != unknown_id_) {
-            throw UserError("prompt: '" + found->second.name + "' in the text cannot be told from "
+            throw UserError("prompt: '" + found->second.name +
+                            "' in the text cannot be told from "
                             "the model's own mark of that name; write it differently");
         }
     }

@@ -41,16 +41,16 @@ private:
     void read_ends(const nlohmann::json& data);
 
     std::string path_;
-    std::unordered_map<int64_t, std::string> bytes_of_;  // what a token stands for
+    std::unordered_map<int64_t, std::string> bytes_of_;     // what a token stands for
     std::unordered_map<std::string, int64_t> id_of_bytes_;  // and back
     struct Merge {
         size_t rank;  // lower ones go first
         int64_t id;   // of both in one
     };
     std::unordered_map<uint64_t, Merge> merges_;  // by `pair`
-    bool ignore_merges_ = false;  // a word that is a token needs none
-    bool split_ = true;           // into words first, by GPT-2's rule
-    bool prefix_space_ = false;   // before a text that does not begin with one
+    bool ignore_merges_ = false;                  // a word that is a token needs none
+    bool split_ = true;                           // into words first, by GPT-2's rule
+    bool prefix_space_ = false;                   // before a text that does not begin with one
     std::map<int64_t, Added> added_;
     std::map<std::string, int64_t> id_of_;  // of added tokens, by name
     int64_t vocab_size_ = 0, unknown_id_ = -1, bos_id_ = -1, eos_id_ = -1;  // -1: none

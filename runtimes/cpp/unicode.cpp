@@ -37,7 +37,10 @@ Character next_character(std::string_view bytes) {
     for (size_t i = 1; i < length; ++i) {
         if (i == bytes.size()) return {Character::cut, i, 0};
         const unsigned char low = i > 1 ? 0x80 : first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
-        const unsigned char high = i > 1 ? 0xBF : first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
+        const unsigned char high = i > 1           ? 0xBF
+                                   : first == 0xED ? 0x9F
+                                   : first == 0xF4 ? 0x8F
+                                                   : 0xBF;
         if (byte(i) < low || byte(i) > high) return {Character::bad, i, 0};
         code = code << 6 | (byte(i) & 0x3F);
     }
@@ -74,7 +77,8 @@ std::string Utf8Stream::push(std::string_view bytes) {
     while (at < rest_.size()) {
         const Character character = next_character(std::string_view(rest_).substr(at));
         if (character.kind == Character::cut) break;
-        text += character.kind == Character::whole ? rest_.substr(at, character.length) : REPLACEMENT;
+        text +=
+            character.kind == Character::whole ? rest_.substr(at, character.length) : REPLACEMENT;
         at += character.length;
     }
     rest_.erase(0, at);
