@@ -34,7 +34,7 @@ def partitioners(name: str) -> list[Any]:
     try:
         loaded = import_module(module)
         if name == "vulkan":  # it has no option for this, and fails over buffers that it took
-            setattr(loaded, "tag_mutated_buffer", lambda program: None)
+            loaded.tag_mutated_buffer = lambda program: None  # pyright: ignore
         return [getattr(loaded, kind)(**options)]
     except ImportError as error:
         raise UserError(

@@ -8,8 +8,11 @@
 One method reads prompts and single tokens, so that weights are packed once; its state are buffers
 that it writes over. `start_pos` 0 begins anew: the state is multiplied by nothing, so no method to
 reset it is needed. Everything here is written for XNNPACK: matrix products, and element-wise
-operators that it takes; what it does not take (softplus, the norm's mean) is small.
+operators that it takes.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,11 +74,28 @@ class VisionEncoder(nn.Module):
         return self.second(nn.functional.gelu(self.first(x)))
 
 
+class Tables(NamedTuple):
+    """Constant matrices, cut to the number of tokens once for all layers.
+
+    XNNPACK slices at fixed places only: what depends on the number of tokens is a product instead.
+    """
+
+    sums: Tensor  # (1, tokens, tokens): x times it sums x up to each token
+    future: Tensor  # (1, tokens, tokens): HIDDEN above the diagonal
+    shift: Tensor  # (1, tokens, tokens): it times x is x one token later
+    first: Tensor  # (1, tokens, 1): 1 at the first token
+    last: Tensor  # (1, 1, tokens): it times x is x of the last token
+    ones: Tensor  # (1, tokens, 1)
+
+
 class TextDecoder(nn.Module):
     """All layers, their state in buffers, and the head for the last position."""
 
     sums: Tensor
     future: Tensor
+    shift: Tensor
+    first: Tensor
+    ones: Tensor
 
     def __init__(self, weights: Weights, max_context: int | None):
         super().__init__()
@@ -85,24 +105,33 @@ class TextDecoder(nn.Module):
         self.norm = Norm(weights, "language_model.model.norm.weight", config.llm.rms_norm_eps)
         self.head = linear(weights, HEAD)
         side = chunk_of(config) + 1  # one more: a slice of all would be no slice, and be refused
-        self.register_buffer("sums", torch.ones(side, side).triu(), persistent=False)
-        future = torch.full((side, side), HIDDEN).triu(1)
-        self.register_buffer("future", future, persistent=False)
+        tables = {
+            "sums": torch.ones(side, side).triu(),
+            "future": torch.full((side, side), HIDDEN).triu(1),
+            "shift": torch.ones(side, side).tril(-1).triu(-1),
+            "first": torch.eye(side, 1),
+            "ones": torch.ones(side, 1),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table[None], persistent=False)
 
     def forward(self, inputs_embeds: Tensor, start_pos: Tensor) -> Tensor:
         """(1, tokens, hidden), (1,) -> (1, 1, vocab_size)."""
         x, config = inputs_embeds, self.config
         tokens = x.shape[1]
         keep = (start_pos > 0).to(x.dtype)  # (1,)
-        masks = self.sums[:tokens, :tokens], self.future[:tokens, :tokens]
-        last, first_llm = len(self.layers) - 1, len(config.embedding.layer_types)
+        first = self.first[:, :tokens]
+        square = [table[:, :tokens, :tokens] for table in (self.sums, self.future, self.shift)]
+        last = torch.flip(first, [1]).transpose(1, 2)
+        tables = Tables(square[0], square[1], square[2], first, last, self.ones[:, :tokens])
+        end, first_llm = len(self.layers) - 1, len(config.embedding.layer_types)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             if i == first_llm and config.normalize_encoder_output:
                 x = x / torch.sqrt((x * x).sum(-1, keepdim=True))
-            x = x + layer.mix(x, keep, start_pos, masks)
-            if i == last:  # nothing below mixes positions
-                x = x[:, -1:]
+            x = x + layer.mix(x, keep, start_pos, tables)
+            if i == end:  # nothing below mixes positions
+                x = torch.bmm(tables.last, x)
             x = x + layer.feed_forward(x)
         return self.head(self.norm(x))
 
@@ -126,11 +155,9 @@ class Layer(nn.Module):
             linear(weights, f"{prefix}feed_forward.{name}.weight") for name in ("w1", "w2", "w3")
         )
 
-    def mix(
-        self, x: Tensor, keep: Tensor, start_pos: Tensor, masks: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def mix(self, x: Tensor, keep: Tensor, start_pos: Tensor, tables: Tables) -> Tensor:
         """(1, tokens, hidden) -> the same."""
-        return self.attention(self.attention_norm(x), keep, start_pos, masks)
+        return self.attention(self.attention_norm(x), keep, start_pos, tables)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """(1, tokens, hidden) -> the same."""
@@ -143,6 +170,7 @@ class Mixer(nn.Module):
 
     conv: Tensor
     ssm: Tensor
+    repeat: Tensor
 
     def __init__(self, weights: Weights, prefix: str, stack: StackConfig):
         super().__init__()
@@ -151,56 +179,61 @@ class Mixer(nn.Module):
             linear(weights, f"{prefix}{name}_proj.weight") for name in "vkqgo"
         )
         self.dt = linear(weights, f"{prefix}in_proj.weight")
-        taps = weights.tensor(f"{prefix}conv1d.weight")[:, 0]  # (channels, 2)
-        self.tap0, self.tap1 = (float_parameter(taps[:, i]) for i in range(2))
-        self.conv_bias = float_parameter(weights.tensor(f"{prefix}conv1d.bias"))
+        self.sizes = [stack.key_value_dim, stack.key_value_dim, stack.hidden_size]  # v, k, q
+        taps = weights.tensor(f"{prefix}conv1d.weight")[:, 0].T  # (2, channels)
+        rows = np.stack([*taps, weights.tensor(f"{prefix}conv1d.bias")])
+        parts = np.split(rows, np.cumsum(self.sizes)[:2], axis=1)
+        self.conv_rows = nn.ParameterList(
+            float_parameter(row) for part in parts for row in part
+        )  # first tap, second tap, bias of v, of k, of q
         self.dt_bias = float_parameter(weights.tensor(f"{prefix}dt_bias"))
         self.a = float_parameter(-np.exp(weights.tensor(f"{prefix}A_log_bias")))
         self.norm = Norm(weights, f"{prefix}g_norm.weight", G_NORM_EPS)
         heads, dim = stack.num_attention_heads, stack.head_dim
         self.register_buffer("conv", torch.zeros(1, 1, stack.conv_dim))
         self.register_buffer("ssm", torch.zeros(heads, dim, dim))
+        repeat = torch.ones(1, 1, heads // stack.num_key_value_heads, 1)
+        self.register_buffer("repeat", repeat, persistent=False)
 
-    def forward(
-        self, u: Tensor, keep: Tensor, start_pos: Tensor, masks: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, u: Tensor, keep: Tensor, start_pos: Tensor, tables: Tables) -> Tensor:
         """(1, tokens, hidden) -> the same; the state goes on."""
-        sums, future = masks
-        stack, tokens = self.stack, u.shape[1]
-        heads, kv_heads, dim = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
-        groups = heads // kv_heads
-
-        z = torch.cat([self.v(u), self.k(u), self.q(u)], dim=-1)
-        columns = torch.cat([self.conv * keep, z], dim=1)  # (1, 1 + tokens, channels)
-        z = silu(columns[:, :-1] * self.tap0 + z * self.tap1 + self.conv_bias)
-        self.conv.copy_(columns[:, -1:])
-        v, k, q = z.split([kv_heads * dim, kv_heads * dim, heads * dim], dim=-1)
-
-        dt = softplus(self.dt(u) + self.dt_bias)[0]  # (tokens, heads)
-        # (heads, tokens): log decay from the beginning, a sum up to each token
-        fade = (dt * self.a).T @ sums
-        q = q.reshape(tokens, heads, dim).transpose(0, 1)  # (heads, tokens, dim)
-        k, v = (
-            x.reshape(tokens, kv_heads, 1, dim)
-            .expand(tokens, kv_heads, groups, dim)
-            .reshape(tokens, heads, dim)
-            .transpose(0, 1)
-            for x in (k, v)
+        heads, kv_heads = self.stack.num_attention_heads, self.stack.num_key_value_heads
+        dim, groups = self.stack.head_dim, heads // kv_heads
+        products = self.v(u), self.k(u), self.q(u)
+        before = torch.split(self.conv * keep, self.sizes, dim=-1)
+        v, k, q = (
+            silu((torch.bmm(tables.shift, z) + tables.first * old) * tap0 + z * tap1 + bias)
+            for z, old, (tap0, tap1, bias) in zip(products, before, self._conv(), strict=True)
         )
-        v = v * dt.T[..., None]
+        self.conv.copy_(torch.cat([torch.bmm(tables.last, z) for z in products], dim=-1))
 
-        weight = torch.exp(fade[:, :, None] - fade[:, None, :] + future)
+        dt = softplus(self.dt(u) + self.dt_bias)  # (1, tokens, heads)
+        steps = (dt * self.a).permute(0, 2, 1)
+        fade = torch.bmm(steps, tables.sums)  # (1, heads, tokens): log decay from the beginning
+        whole = torch.bmm(steps, tables.ones).permute(1, 2, 0)  # (heads, 1, 1)
+        to_query, to_key = fade.permute(1, 2, 0), fade.permute(1, 0, 2)
+
+        # (heads, tokens, dim) each; keys and values are repeated for their queries' heads
+        q = q.view(-1, heads, dim).permute(1, 0, 2)
+        k = k.view(-1, kv_heads, 1, dim) * self.repeat
+        v = v.view(-1, kv_heads, 1, dim) * dt.view(-1, kv_heads, groups, 1)
+        k, v = (x.view(-1, heads, dim).permute(1, 0, 2) for x in (k, v))
+
+        weight = torch.exp(to_query - to_key + tables.future)
         scores = torch.bmm(q, k.transpose(1, 2)) * weight
-        before = self.ssm * keep
-        y = torch.bmm(scores, v) + torch.bmm(q, before) * torch.exp(fade)[..., None]
+        # What is kept of the state goes into factors of few numbers: passes over it cost memory.
+        y = torch.bmm(scores, v) + torch.bmm(q, self.ssm) * (torch.exp(to_query) * keep)
+        late = k * torch.exp(whole - to_query)
+        kept = self.ssm * (torch.exp(whole) * keep)
+        self.ssm.copy_(kept + torch.bmm(late.transpose(1, 2), v))
 
-        whole = fade[:, -1:]  # (heads, 1)
-        late = k * torch.exp(whole - fade)[..., None]
-        new = before * torch.exp(whole)[..., None] + torch.bmm(late.transpose(1, 2), v)
-        self.ssm.copy_(new)
+        y = self.norm(y.permute(1, 0, 2).contiguous()).view(1, -1, heads * dim)
+        return self.o(y * silu(self.g(u)))
 
-        y = self.norm(y.permute(1, 0, 2))  # (tokens, heads, dim)
-        return self.o(y.reshape(1, tokens, heads * dim) * silu(self.g(u)))
+    def _conv(self) -> Iterator[tuple[Tensor, ...]]:
+        """First tap, second tap and bias, of v, k and q."""
+        rows = list(self.conv_rows)
+        return (tuple(rows[i : i + 3]) for i in range(0, len(rows), 3))
 
 
 class CachedAttention(nn.Module):
@@ -228,9 +261,7 @@ class CachedAttention(nn.Module):
         self.register_buffer("sin", sin[0, 0], persistent=False)
         self.register_buffer("positions", positions, persistent=False)
 
-    def forward(
-        self, u: Tensor, keep: Tensor, start_pos: Tensor, masks: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, u: Tensor, keep: Tensor, start_pos: Tensor, tables: Tables) -> Tensor:
         """(1, tokens, hidden) -> the same; keys and values are kept."""
         stack, tokens = self.stack, u.shape[1]
         heads, kv_heads, dim = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
@@ -253,15 +284,20 @@ class CachedAttention(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm over the last axis."""
+    """RMS norm over the last axis; the mean is a product, which XNNPACK takes."""
+
+    mean: Tensor
 
     def __init__(self, weights: Weights, name: str, eps: float):
         super().__init__()
         self.weight, self.eps = float_parameter(weights.tensor(name)), eps
+        width = len(self.weight)
+        self.register_buffer("mean", torch.full((1, width), 1 / width), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> the same."""
-        return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
+        mean = nn.functional.linear(x * x, self.mean)
+        return x * torch.rsqrt(mean + self.eps) * self.weight
 
 
 def silu(x: Tensor) -> Tensor:
@@ -270,8 +306,13 @@ def silu(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)) to full precision on both sides: dt may be 0.001."""
-    return torch.relu(x) + torch.log1p(torch.exp(-torch.abs(x)))
+    """log(1 + exp(x)) to full precision: dt may be 0.001, where log(1 + e) has lost four digits.
+
+    log1p is no operator of XNNPACK: log(u) e / (u - 1) is what log(u) is for, u = 1 + e as rounded.
+    """
+    e = torch.exp(-torch.abs(x))
+    u = 1 + e
+    return torch.relu(x) + torch.log(u) * e / (u - 1 + 1e-30)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -116,13 +116,8 @@ def _train_tokenizer(path: Path) -> Path:
 
 def call(*command, text=None):
     """A finished program; its output as text."""
-    return subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        input=text,
-    )
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, encoding="utf-8", input=text)
 
 
 def chat(programs, bundle, prompts, images=(), **flags):
@@ -196,11 +191,8 @@ def test_lines_from_stdin_and_plain_output(programs, bundle):
 
 
 def test_sessions_go_from_python_to_cpp_and_back(programs, bundle, runner, tmp_path):
-    prompts, sample, file = (
-        ["Why?", "So? 🐼", "And then?"],
-        SAMPLES / "fruit.png",
-        tmp_path / "talk",
-    )
+    prompts, sample = ["Why?", "So? 🐼", "And then?"], SAMPLES / "fruit.png"
+    file = tmp_path / "talk"
     want = python_chat(mm.Session(runner), prompts, [sample], 5)
 
     session = mm.Session(runner)
@@ -215,9 +207,8 @@ def test_sessions_go_from_python_to_cpp_and_back(programs, bundle, runner, tmp_p
     for damage in (lambda b: b[:-5], lambda b: b[:-5] + b"12345", lambda b: b"", lambda b: b[:99]):
         broken = tmp_path / "broken"
         broken.write_bytes(damage(file.read_bytes()))
-        _refused(
-            programs, bundle, "--session", broken, match="session file|do not match their hash"
-        )
+        match = "session file|do not match their hash"
+        _refused(programs, bundle, "--session", broken, match=match)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -226,8 +217,9 @@ def test_sessions_go_from_python_to_cpp_and_back(programs, bundle, runner, tmp_p
 def _refused(programs, bundle, *words, match, model="model.pte", prompt="Why?"):
     done = call(programs / "mmmamba_chat", bundle / model, *words, "--prompt", prompt)
     assert done.returncode == 2, done
-    assert re.search(match, done.stderr), done.stderr
-    assert done.stderr.count("\n") == 1 and done.stdout == ""  # one line
+    lines = [x for x in done.stderr.splitlines() if "cpuinfo" not in x]  # where /sys is incomplete
+    assert len(lines) == 1 and re.search(match, lines[0]), done.stderr
+    assert done.stdout == ""
 
 
 def _jpeg(image: Image.Image) -> bytes:
@@ -254,17 +246,16 @@ def test_bad_input_is_one_line_and_exit_code_2(programs, bundle, tmp_path):
     changed(b"x" * 1000, "not an ExecuTorch program")
     changed(data.replace(b'"format": 1', b'"format": 2'), "bundle format 2; this release reads 1")
     changed(data.replace(b'"producer"', b'"inventor"'), "unknown key inventor")
-    changed(data.replace(b"vision_encoder", b"vision_decoder"), "has no method vision_encoder")
-    changed(
-        data.replace(b"mmmamba_manifest", b"mmmamba_manifold"), "has no method mmmamba_manifest"
-    )
+    for name in (b"vision_encoder", b"mmmamba_manifest"):
+        changed(data.replace(name, name[:-1] + b"x"), f"has no method {name.decode()}")
 
     picture = tmp_path / "picture"
     refused("cannot be read", "--image", tmp_path)
     refused("cannot be read", "--image", tmp_path / "absent.png")
     for content, match in (
-        (b"", "empty"), (b"words", "not a picture"), (b"P6 9 9 255\nwords", "truncated or damaged"),
-        (b"P6 9999 9999 255\n", "more than 50 megapixels"), (b"P6 9 9 65535\n", "other than 8 bits"),
+        (b"", "empty"), (b"words", "not a picture"), (b"P6 9 9 255\n", "truncated or damaged"),
+        (b"P6 9999 9999 255\n", "more than 50 megapixels"),
+        (b"P6 9 9 65535\n", "other than 8 bits"),
         ((SAMPLES / "panda.png").read_bytes()[:3000], "truncated or damaged"),
         (_jpeg(Image.new("RGB", (99, 99)))[:-9], "truncated or damaged"),
         (_jpeg(Image.new("CMYK", (9, 9))), "a JPEG in CMYK"),
@@ -292,8 +283,9 @@ def test_bad_input_is_one_line_and_exit_code_2(programs, bundle, tmp_path):
 # --- parts ----------------------------------------------------------------------------------------
 
 TEXTS = [
-    "What is in the picture?", "", " ", "a  b   c \n\n d\t\te  ", "it's I'll THEY'RE 'twas ''s can't've",
-    "x1234 5.6e-7 ²³ ٣٤ Ⅷ", "été naïve Ωμέγα Привет 你好，世界 日本語 ǅ ª", "🐼🏳️‍🌈 \u00a0\u3000 e\u0301 \u200b",
+    "What is in the picture?", "", " ", "a  b   c \n\n d\t\te  ",
+    "it's I'll THEY'RE 'twas ''s can't've", "x1234 5.6e-7 ²³ ٣٤ Ⅷ",
+    "été naïve Ωμέγα Привет 你好，世界 日本語 ǅ ª", "🐼🏳️\u200d🌈 \u00a0\u3000 e\u0301 \u200b",
     "<s><|im_end|><IMG_CONTEXT>", "\x00\x01\x7f\x85",
 ]  # fmt: skip
 
@@ -305,10 +297,9 @@ def test_words_become_pythons_tokens(programs, bundle, tmp_path):
     for folder in (bundle / "tokenizer", ROOT / "mmmamba_edge/assets/default/tokenizer"):
         tokenizer = load_tokenizer(folder)
         for text in texts:
-            (tmp_path / "text").write_bytes(text.encode())
-            done = call(
-                programs / "parts_check", "ids", folder / "tokenizer.json", tmp_path / "text"
-            )
+            file = tmp_path / "text"
+            file.write_bytes(text.encode())
+            done = call(programs / "parts_check", "ids", folder / "tokenizer.json", file)
             assert json.loads(done.stdout) == tokenizer.encode_text(text), text
         ids = rng.integers(0, 512, 400).tolist()  # bytes that are no UTF-8 among them
         done = call(programs / "parts_check", "text", folder / "tokenizer.json", *ids)
@@ -345,8 +336,9 @@ def test_pictures_become_pythons_pixels(programs, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = int(rng.integers(2, 9))  # turned or mirrored
         cases = {
-            "a.png": (rgba, {}), "b.png": (rgb, {}), "c.png": (rgb.convert("P"), {"transparency": 3}),
-            "d.png": (rgba.convert("LA"), {}), "e.png": (rgb.convert("1"), {}), "f.ppm": (rgb, {}),
+            "a.png": (rgba, {}), "b.png": (rgb, {}), "c.png": (rgba.convert("LA"), {}),
+            "d.png": (rgb.convert("P"), {"transparency": 3}), "e.png": (rgb.convert("1"), {}),
+            "f.ppm": (rgb, {}),
             "g.pgm": (rgb.convert("L"), {}), "h.jpg": (rgb, {"quality": 90, "exif": exif}),
             "i.jpg": (rgb.convert("L"), {"progressive": True}), "j.jpg": (rgb, {"subsampling": 1}),
         }  # fmt: skip
