@@ -66,7 +66,7 @@ def pte(folders) -> Runner:
 
 
 @pytest.fixture(params=["onnx", "pte"])
-def exported(request) -> Runner:
+def exported(request, folders) -> Runner:
     """Each runtime's runner in turn."""
     return request.getfixturevalue(request.param)
 
