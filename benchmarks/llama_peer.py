@@ -97,7 +97,7 @@ class Model:
     """A context of llama.cpp, by its C interface."""
 
     def __init__(self, path: Path, context: int, threads: int) -> None:
-        import llama_cpp as c
+        import llama_cpp as c  # pyright: ignore[reportMissingImports]
 
         self.c, self.saved, self.rng = c, None, np.random.default_rng(0)
         c.llama_backend_init()

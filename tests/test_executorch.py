@@ -73,6 +73,7 @@ def test_states_come_and_go(variant):
     _, a = read(None, ids[:9])
     _, b = read(None, ids[::-1][:5].copy())
     fork, loaded = a.copy(), runner.load_state(a.arrays(), a.tokens)
+    got_a = got_b = np.empty(0)
     for token in ids[9:]:
         got_a, a = runner.step(int(token), a)
         if b.tokens < len(ids):
@@ -132,6 +133,7 @@ def lowered(module, x):
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )  # fmt: skip
     method = Runtime.get().load_program(edge.to_executorch().buffer).load_method("forward")
+    assert method
     return method.execute([x])[0].numpy()
 
 

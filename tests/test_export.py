@@ -383,7 +383,7 @@ def test_caches_in_half_precision(tmp_path, ops):
     ids = np.arange(20, 60)
     whole, _ = runner.prefill(ids)
     whole = whole.copy()
-    _, state = runner.prefill(ids[:30])
+    logits, state = runner.prefill(ids[:30])
     again = runner.load_state(state.arrays(), state.tokens)  # by way of the neutral float32
     for token in ids[30:]:
         logits, again = runner.step(int(token), again)

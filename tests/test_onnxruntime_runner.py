@@ -368,7 +368,7 @@ def test_open_bundle_finds_the_runtime():
     "options, message",
     [
         ({"runtime": "tflite"}, "runtime 'tflite': known are auto, torch, onnxruntime"),
-        ({"runtime": "executorch"}, "this release has no ExecuTorch runtime yet; export with"),
+        ({"runtime": "executorch"}, "made for onnxruntime, not for executorch; export the"),
         ({"threads": 0}, "threads is 0; expected a whole number above 0"),
         ({"provider": "abacus"}, "provider 'abacus': this onnxruntime has cpu"),
         ({"provider": "cuda"}, "provider 'cuda': this onnxruntime has cpu.*onnxruntime-gpu"),
@@ -379,9 +379,7 @@ def test_options_that_do_not_exist(options, message):
         open_bundle(bundle("release_plain", "linear"), **options)
 
 
-def test_pte_and_checkpoint_paths_are_explained(tmp_path):
-    with pytest.raises(UserError, match="no ExecuTorch runtime yet"):
-        open_bundle(tmp_path / "model.pte")
+def test_checkpoint_paths_are_explained():
     with pytest.raises(UserError, match="no manifest.json, so this is not a bundle"):
         open_bundle(checkpoint("release_plain", "linear"))
 

@@ -51,7 +51,11 @@ Manifest checked(const json& data, const std::string& where) {
     m.quant = data["quant"];
     m.template_name = data["template"];
     if (!data["max_context"].is_null()) m.max_context = data["max_context"].get<int64_t>();
-    m.variant = m.max_context ? "hybrid" : "linear";
+    std::set<std::string> kinds;
+    for (const char* half : {"embedding", "llm"}) {
+        for (const json& kind : model[half].at("layer_types")) kinds.insert(kind);
+    }
+    m.variant = !kinds.count("attention") ? "linear" : kinds.size() > 1 ? "hybrid" : "teacher";
     m.tokenizer_sha256 = data["settings"].value("tokenizer_sha256", m.tokenizer_sha256);
     m.vocab_size = model["vocab_size"];
     m.image_token = model["img_context_token_id"];
