@@ -182,7 +182,8 @@ def _attention(
     rope: tuple[str, str], key: Cache, value: Cache,
 ) -> str:  # fmt: skip
     """An attention layer: (1, tokens, hidden) both ways."""
-    qkv = take_rows(weights.matrix(f"{prefix}wqkv.weight"), _unpacked_rows(stack))
+    rows = np.concatenate(unpacked_rows(stack))
+    qkv = take_rows(weights.matrix(f"{prefix}wqkv.weight"), rows)
     packed = ops.linear(u, f"{prefix}qkv", qkv)
     y = ops.attention(packed, stack, past_length, rope, key, value)
     return ops.linear(y, f"{prefix}wo", weights.matrix(f"{prefix}wo.weight"))
@@ -195,14 +196,12 @@ def _feed_forward(ops: Ops, weights: Weights, prefix: str, stack: StackConfig, u
     return ops.linear(y, f"{prefix}w2", weights.matrix(f"{prefix}w2.weight"))
 
 
-def _unpacked_rows(stack: StackConfig) -> NDArray[np.int64]:
-    """Row numbers of wqkv, packed per kv head (spec 2.3), in the order all q, all k, all v."""
+def unpacked_rows(stack: StackConfig) -> tuple[NDArray[np.int64], ...]:
+    """Row numbers of wqkv, packed per kv head (spec 2.3), of all queries, all keys, all values."""
     groups = stack.num_attention_heads // stack.num_key_value_heads
     rows = np.arange(stack.hidden_size + 2 * stack.key_value_dim)
     packed = rows.reshape(stack.num_key_value_heads, groups + 2, stack.head_dim)
-    return np.concatenate(
-        [packed[:, :groups].ravel(), packed[:, -2].ravel(), packed[:, -1].ravel()]
-    )
+    return packed[:, :groups].ravel(), packed[:, -2].ravel(), packed[:, -1].ravel()
 
 
 def _rope(g: GraphWriter, stack: StackConfig, max_context: int, name: str) -> tuple[str, str]:

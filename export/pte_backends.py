@@ -1,6 +1,5 @@
 """What a .pte's methods can be lowered to, and which operators a backend took."""
 
-import collections
 from importlib import import_module
 from typing import Any
 
@@ -48,16 +47,9 @@ def partition(graph: Any) -> dict[str, Any]:
     from executorch.devtools.backend_debug import get_delegation_info
 
     info = get_delegation_info(graph)
-    sides: dict[str, collections.Counter[str]] = {
-        "delegated": collections.Counter(), "on_cpu": collections.Counter(),
-    }  # fmt: skip
-    for name, count in info.delegation_by_operator.items():
-        sides["delegated"][name] += count.delegated
-        sides["on_cpu"][name] += count.non_delegated
+    counts = sorted(info.delegation_by_operator.items())
     return {
         "delegates": info.num_delegated_subgraphs,
-        **{
-            side: {name: count for name, count in sorted(counts.items()) if count}
-            for side, counts in sides.items()
-        },
+        "delegated": {name: count.delegated for name, count in counts if count.delegated},
+        "on_cpu": {name: count.non_delegated for name, count in counts if count.non_delegated},
     }

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmmamba_edge.config import Config, StackConfig
+from mmmamba_edge.export.decoder_graph import unpacked_rows
 from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Matrix, Weights
 from mmmamba_edge.model.layers import rope_tables
 from mmmamba_edge.model.mixer import G_NORM_EPS
@@ -248,7 +249,7 @@ class CachedAttention(nn.Module):
     def __init__(self, weights: Weights, prefix: str, stack: StackConfig, max_context: int):
         super().__init__()
         self.stack, self.max_context = stack, max_context
-        rows = _rows_by_kind(stack)
+        rows = unpacked_rows(stack)
         packed = weights.matrix(f"{prefix}wqkv.weight")
         self.q, self.k, self.v = (linear_of(take_rows(packed, part)) for part in rows)
         self.o = linear(weights, f"{prefix}wo.weight")
@@ -323,14 +324,6 @@ def softplus(x: Tensor) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
-
-
-def _rows_by_kind(stack: StackConfig) -> tuple[NDArray[np.int64], ...]:
-    """Row numbers of wqkv, packed per kv head (spec 2.3), of queries, keys and values."""
-    groups = stack.num_attention_heads // stack.num_key_value_heads
-    rows = np.arange(stack.hidden_size + 2 * stack.key_value_dim)
-    packed = rows.reshape(stack.num_key_value_heads, groups + 2, stack.head_dim)
-    return packed[:, :groups].ravel(), packed[:, -2].ravel(), packed[:, -1].ravel()
 
 
 # --- weights -------------------------------------------------------------------------------------

@@ -21,14 +21,13 @@ from mmmamba_edge.export.pte_modules import (
     VisionEncoder,
     chunk_of,
 )
-from mmmamba_edge.export.to_onnx import context_limit
+from mmmamba_edge.export.source import context_limit, copy_tokenizer, exportable
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import TOKENIZER, FileRecord, Manifest
-from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
+from mmmamba_edge.model.checkpoints import Checkpoint
 from mmmamba_edge.quant.schemes import scheme
 from mmmamba_edge.runtimes.executorch_runner import MANIFEST_METHOD, ExecuTorchRunner, quietly
-from mmmamba_edge.tokenizer import save_tokenizer_files
 
 FILE = "model.pte"
 PARTITION = "partition.json"  # which operators the backend took, of each method
@@ -72,23 +71,15 @@ def export_executorch(
     check_backend(backend)
     if quant == "fp16":
         raise UserError("--quant fp16: XNNPACK runs float32 or 8-bit activations; use int8 or int4")
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    source = exportable(checkpoint)
     config = source.config
-    if config.pixel_shuffle_loc == "post":
-        raise UserError(
-            f"{source.folder}: pixel_shuffle_loc 'post' (HoVLE-HD) reads two sequences at once and "
-            "is not exported; run it in PyTorch with load_model"
-        )
     context = context_limit(config, max_context)
     weights = Weights(source, stored)
     with new_bundle(out) as folder:
-        (folder / TOKENIZER).mkdir()
-        tokenizer = save_tokenizer_files(source.folder, folder / TOKENIZER)
+        tokenizer = copy_tokenizer(source, folder)
         settings: dict[str, Any] = {
             "tokenizer_sha256": {n: file_sha256(folder / TOKENIZER / n) for n in tokenizer}
         }
-        if not tokenizer:
-            (folder / TOKENIZER).rmdir()
         if stored.bits:
             settings["activations"] = "8 bits a token, asymmetric"
         if stored.bits == 4:

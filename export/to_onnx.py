@@ -8,7 +8,7 @@ from typing import Any
 
 import mmmamba_edge
 from mmmamba_edge.bundle import new_bundle, write_manifest
-from mmmamba_edge.config import Config, StackConfig
+from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.decoder_graph import KINDS, state_layout, write_decoder
 from mmmamba_edge.export.graph_writer import GraphWriter
@@ -16,14 +16,13 @@ from mmmamba_edge.export.ops import Ops
 from mmmamba_edge.export.ops_fused import FusedOps
 from mmmamba_edge.export.ops_standard import StandardOps
 from mmmamba_edge.export.ort_format import replace_by_ort
+from mmmamba_edge.export.source import attending, context_limit, copy_tokenizer, exportable
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.vision_graph import write_embed, write_vision
 from mmmamba_edge.export.weights import Weights
-from mmmamba_edge.manifest import TOKENIZER, Manifest
-from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
-from mmmamba_edge.model.decoder import DEFAULT_CONTEXT
+from mmmamba_edge.manifest import Manifest
+from mmmamba_edge.model.checkpoints import Checkpoint
 from mmmamba_edge.quant.schemes import Scheme, scheme
-from mmmamba_edge.tokenizer import save_tokenizer_files
 
 DIALECTS: dict[str, type[Ops]] = {"com.microsoft": FusedOps, "standard": StandardOps}
 
@@ -68,23 +67,15 @@ def export_onnx(
     stored = scheme(quant, group_size)
     if ops not in DIALECTS:
         raise UserError(f"ops {ops!r}: known are {', '.join(DIALECTS)}")
-    source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    source = exportable(checkpoint)
     config = source.config
-    if config.pixel_shuffle_loc == "post":
-        raise UserError(
-            f"{source.folder}: pixel_shuffle_loc 'post' (HoVLE-HD) reads two sequences at once and "
-            "is not exported; run it in PyTorch with load_model"
-        )
     context = context_limit(config, max_context)
     kept = cache_dtype(config, cache)
 
     with new_bundle(out) as folder:
         weights = Weights(source, stored)
         graphs = _write_graphs(folder, DIALECTS[ops], weights, context, kept, say)
-        (folder / TOKENIZER).mkdir()
-        tokenizer = save_tokenizer_files(source.folder, folder / TOKENIZER)
-        if not tokenizer:
-            (folder / TOKENIZER).rmdir()
+        tokenizer = copy_tokenizer(source, folder)
         say("hashing weights")
         manifest = Manifest(
             producer=f"mmmamba-edge {mmmamba_edge.__version__}",
@@ -108,54 +99,16 @@ def export_onnx(
         return write_manifest(folder, manifest)
 
 
-def context_limit(config: Config, asked: int | None) -> int | None:
-    """Tokens that the attention caches are made for; None for a model without such layers.
-
-    RoPE with dynamic NTK rotates by a base that depends on the whole length, which a cache of
-    rotated keys cannot follow; within max_position_embeddings it is the plain base. So such a
-    model is exported up to there. The others default to the length they were trained for, at most
-    `DEFAULT_CONTEXT`, and take any that is asked for.
-    """
-    stacks = _attending(config)
-    if not stacks:
-        if asked is not None:
-            raise UserError(
-                "--max-context: this model has no attention layer, so its context has no limit; "
-                "leave the option out"
-            )
-        return None
-    if asked is not None and asked < 1:
-        raise UserError(f"--max-context {asked}: expected a whole number above 0")
-    limits = [
-        s.max_position_embeddings
-        for s in stacks
-        if s.rope_scaling and s.rope_scaling.type == "dynamic"
-    ]
-    if limits and asked is not None and asked > min(limits):
-        raise UserError(
-            f"--max-context {asked}: this model's RoPE scaling is dynamic NTK beyond "
-            f"{min(limits)} tokens, which a decoding cache cannot follow; ask for that at most"
-        )
-    trained = min(s.max_position_embeddings * _stretch(s) for s in stacks)
-    return asked or int(min(trained, DEFAULT_CONTEXT))
-
-
 def cache_dtype(config: Config, asked: str | None) -> str:
     """What the attention layers' keys and values are kept as."""
     if asked is not None and asked not in KINDS:
         raise UserError(f"--cache {asked}: known are {', '.join(KINDS)}")
-    if asked is not None and not _attending(config):
+    if asked is not None and not attending(config):
         raise UserError(
             "--cache: this model has no attention layer, so it keeps no keys and values; leave the "
             "option out"
         )
     return asked or "float32"
-
-
-def _stretch(stack: StackConfig) -> float:
-    """How much longer than max_position_embeddings linear scaling makes the trained context."""
-    scaling = stack.rope_scaling
-    return scaling.factor if scaling and scaling.type == "linear" else 1.0
 
 
 def _write_graphs(
@@ -178,11 +131,6 @@ def _settings(config: Config, stored: Scheme, dialect: type[Ops]) -> dict[str, A
     settings = dict(dialect.settings) if stored.bits else {}
     if stored.bits == 4:
         settings["group_size"] = stored.group
-    if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in _attending(config)):
+    if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in attending(config)):
         settings["rope"] = "plain base: dynamic NTK would begin beyond max_position_embeddings"
     return settings
-
-
-def _attending(config: Config) -> list[StackConfig]:
-    """The halves that have attention layers."""
-    return [s for s in (config.embedding, config.llm) if "attention" in s.layer_types]

@@ -1,6 +1,7 @@
 """What every runtime refuses, in the same words: ids, pictures and states that do not fit."""
 
 from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,25 @@ def check_pictures(
                 f"{pixel_values.dtype} {pixel_values.shape}"
             )
     return tiles
+
+
+class Owned(Protocol):
+    """A state that only one runner can read."""
+
+    owner: Any
+
+
+S = TypeVar("S", bound=Owned)
+
+
+def check_own(state: Any, kind: type[S], runner: object) -> S:
+    """The state, or UserError: of another runtime, or of another runner of this one."""
+    if not isinstance(state, kind) or state.owner is not runner:
+        raise UserError(
+            f"a {type(state).__name__} of another runner; convert it with "
+            "runner.load_state(state.arrays(), state.tokens)"
+        )
+    return state
 
 
 def check_state(arrays: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> None:

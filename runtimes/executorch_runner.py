@@ -22,7 +22,13 @@ from mmmamba_edge.bundle import file_sha256, read_manifest, verify_files
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.manifest import TOKENIZER, Manifest, is_cache
 from mmmamba_edge.runtimes.base import Arrays, Progress, State
-from mmmamba_edge.runtimes.checks import check_ids, check_pictures, check_room, check_state
+from mmmamba_edge.runtimes.checks import (
+    check_ids,
+    check_own,
+    check_pictures,
+    check_room,
+    check_state,
+)
 
 MANIFEST_METHOD = "mmmamba_manifest"  # the manifest as JSON, so that the file stands alone
 METHODS = ("token_embedding", "vision_encoder", "text_decoder")
@@ -215,12 +221,7 @@ class ExecuTorchRunner:
         self._resident, state.put_by = state, None
 
     def _own(self, state: State) -> PteState:
-        if not isinstance(state, PteState) or state.owner is not self:
-            raise UserError(
-                f"a {type(state).__name__} of another runner; convert it with "
-                "runner.load_state(state.arrays(), state.tokens)"
-            )
-        return state
+        return check_own(state, PteState, self)
 
     # --- reading --------------------------------------------------------------------------------
 

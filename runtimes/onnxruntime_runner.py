@@ -15,7 +15,13 @@ from mmmamba_edge.bundle import read_manifest, verify_files
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.manifest import TOKENIZER, Manifest, is_cache
 from mmmamba_edge.runtimes.base import Arrays, Progress, State
-from mmmamba_edge.runtimes.checks import check_ids, check_pictures, check_room, check_state
+from mmmamba_edge.runtimes.checks import (
+    check_ids,
+    check_own,
+    check_pictures,
+    check_room,
+    check_state,
+)
 from mmmamba_edge.runtimes.onnx_state import OnnxState, Tensor
 
 if TYPE_CHECKING:
@@ -227,12 +233,7 @@ class OnnxRuntimeRunner:
     # --- checks ---------------------------------------------------------------------------------
 
     def _own(self, state: State) -> OnnxState:
-        if not isinstance(state, OnnxState) or state.owner is not self:
-            raise UserError(
-                f"a {type(state).__name__} of another runner; convert it with "
-                "runner.load_state(state.arrays(), state.tokens)"
-            )
-        return state
+        return check_own(state, OnnxState, self)
 
     def _tensor(self, array: NDArray) -> Tensor:
         return Tensor(array, self._device)

@@ -21,7 +21,8 @@ from mmmamba_edge.distill.scratch import from_scratch
 from mmmamba_edge.errors import CheckFailed, UserError
 from mmmamba_edge.export import command, verify
 from mmmamba_edge.export.reference import read_streamed
-from mmmamba_edge.export.to_onnx import DIALECTS, context_limit, export_onnx
+from mmmamba_edge.export.source import context_limit
+from mmmamba_edge.export.to_onnx import DIALECTS, export_onnx
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint, save_model
 from mmmamba_edge.quant.codes import Codes, quantize_int4, quantize_int8, take_rows, unpack_blocks
