@@ -15,6 +15,7 @@ import numpy as np
 
 import mmmamba_edge as mm
 from mmmamba_edge.bench import physical_cores, resident_bytes
+from mmmamba_edge.status import StatusLine
 
 PIECE = 512  # tokens read between two lines of progress
 
@@ -38,11 +39,13 @@ def main() -> int:
     for token in ids[:8]:
         _, warm = runner.step(int(token), warm)
     state, kept, rows = runner.new_state(), [], []
-    for context in (int(n) for n in args.contexts.split(",")):
+    contexts = [int(n) for n in args.contexts.split(",")]
+    say, largest = StatusLine(), contexts[-1]
+    for context in contexts:
         while state.tokens < context:
             part = ids[: min(PIECE, context - state.tokens)]
             _, state = runner.prefill(part, state=state)
-            print(f"\r{state.tokens:,} tokens read ", end="", file=sys.stderr, flush=True)
+            say("reading", state.tokens, largest)
         kept.append(state.copy())
         for token in ids[:8]:
             _, state = runner.step(int(token), state)

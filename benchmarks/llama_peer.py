@@ -8,12 +8,15 @@
 (32 layers, 2048, 16 heads, 8 of them for keys, MLP of 8192, vocabulary 92,553), Q4_0 with the head
 in Q6_K as llama.cpp's own Q4_0 files; `mamba2` is a plain Mamba-2 of about as many bytes. `serve`
 answers JSON lines: {"do": "prefill", "tokens": 512}, {"do": "decode", "tokens": 32}, "reset",
-"save", "restore", "rss".
+"save", "restore", "rss", and {"do": "fill", "tokens": 32768}: a cache of so many tokens without
+reading them, the first 512 tokens' keys and values again and again. How long a token takes depends
+on how many there are, not on what they say.
 """
 
 import argparse
 import json
 import resource
+import struct
 import sys
 import time
 from pathlib import Path
@@ -99,7 +102,7 @@ class Model:
     def __init__(self, path: Path, context: int, threads: int) -> None:
         import llama_cpp as c  # pyright: ignore[reportMissingImports]
 
-        self.c, self.saved, self.rng = c, None, np.random.default_rng(0)
+        self.c, self.saved, self.kept, self.rng = c, None, 0, np.random.default_rng(0)
         c.llama_backend_init()
         self.log = c.llama_log_callback(lambda level, text, data: None)
         c.llama_log_set(self.log, None)
@@ -123,6 +126,38 @@ class Model:
             count -= part
         self.c.llama_synchronize(self.context)
 
+    def fill(self, count: int) -> None:
+        """As if `count` tokens, a multiple of 512, had been read (transformers only)."""
+        c, part = self.c, 512
+        c.llama_memory_clear(self.memory, True)
+        self.read(part)
+        size = c.llama_state_seq_get_size(self.context, 0)
+        short = (c.ctypes.c_uint8 * size)()
+        c.llama_state_seq_get_data(self.context, short, size, 0)
+        short, at = memoryview(short).cast("B"), 16 + 12 * part  # after the cells, 12 bytes each
+        head, _, streams, cells = struct.unpack_from("<4I", short)
+        transposed, layers = struct.unpack_from("<2I", short, at)
+        if (streams, cells, transposed, layers) != (1, part, 0, LAYERS) or count % part:
+            raise SystemExit("fill: this llama.cpp keeps its cache in another form")
+        # Magic and number of streams, cells (position, one sequence, its id), layers' keys, values.
+        whole = bytearray(struct.pack("<4I", head, 0, 1, count))
+        for position in range(count):
+            whole += struct.pack("<3I", position, 1, 0)
+        whole += short[at : at + 8]
+        at += 8
+        for _ in range(2 * layers):  # a type and the bytes of a row before each layer's rows
+            _, row = struct.unpack_from("<IQ", short, at)
+            whole += short[at : at + 12]
+            rows = bytes(short[at + 12 : at + 12 + part * row])
+            for _ in range(count // part):
+                whole += rows
+            at += 12 + part * row
+        buffer = (c.ctypes.c_uint8 * len(whole)).from_buffer(whole)
+        c.llama_memory_clear(self.memory, True)
+        if not c.llama_state_seq_set_data(self.context, buffer, len(whole), 0):
+            raise SystemExit(f"fill: no room for {count} tokens")
+        self.kept = count
+
     def answer(self, asked: dict) -> dict:
         """Carry out a request."""
         did, tokens = asked["do"], asked.get("tokens", 0)
@@ -136,12 +171,16 @@ class Model:
                 self.read(1)
                 spent.append(time.perf_counter() - tick)
             return {"each": spent}
+        elif did == "fill":
+            self.fill(tokens)
         elif did == "reset":
             self.c.llama_memory_clear(self.memory, True)
         elif did == "save":
             size = self.c.llama_state_get_size(self.context)
             self.saved = (self.c.ctypes.c_uint8 * size)()
             self.c.llama_state_get_data(self.context, self.saved, size)
+        elif did == "restore" and self.kept:
+            self.c.llama_memory_seq_rm(self.memory, 0, self.kept, -1)
         elif did == "restore":
             assert self.saved is not None
             self.c.llama_state_set_data(self.context, self.saved, len(self.saved))

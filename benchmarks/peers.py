@@ -5,7 +5,9 @@
 
 llama.cpp runs in an environment of its own (llama_peer.py says how to make it, and the GGUF files).
 Both decode from the same number of tokens read, in turns, with as many threads; contexts are read
-once and the state put back before each turn. Ratios are of medians over the turns.
+once and the state put back before each turn. With `--fill` the peer's cache is filled instead of
+read (llama_peer.py, `fill`): reading 32,768 tokens takes it half an hour of two cores, and what is
+timed is decoding. Ratios are of medians over the turns.
 """
 
 import argparse
@@ -22,8 +24,10 @@ import numpy as np
 from mmmamba_edge.bench import peak_bytes, physical_cores
 from mmmamba_edge.runtimes import open_bundle
 from mmmamba_edge.runtimes.base import State
+from mmmamba_edge.status import StatusLine
 
 HERE = Path(__file__).parent
+say = StatusLine()
 REST = 0.5  # seconds between turns: the other side's threads stop spinning
 
 
@@ -129,6 +133,9 @@ def measure(ours: Ours, peer: Peer, args: argparse.Namespace) -> dict[str, Any]:
     for context in args.contexts:
         for name, side in (("ours", ours), ("peer", peer)):
             say(f"reading up to {context} tokens, {name}")
+            if name == "peer" and args.fill:
+                peer.ask("fill", tokens=context)
+                continue
             if name == "peer" and read:
                 peer.ask("restore")
             side.read(context - read)
@@ -156,8 +163,8 @@ def measure(ours: Ours, peer: Peer, args: argparse.Namespace) -> dict[str, Any]:
 def as_text(facts: dict[str, Any]) -> str:
     """The figures for a terminal."""
     rows = [("", "ours tok/s", "peer tok/s", "ratio")]
-    lines = [(f"prefill of {facts['prefill']['tokens']}", facts["prefill"])]
-    lines = lines if facts["prefill"] else []
+    prefill = facts["prefill"]
+    lines = [(f"prefill of {prefill['tokens']}", prefill)] if prefill else []
     lines += [(f"decoding at {row['context']:,}", row) for row in facts["decode"]]
     for name, row in lines:
         rows.append(
@@ -167,12 +174,6 @@ def as_text(facts: dict[str, Any]) -> str:
     near, far = (facts[f"{side}_peak_rss_bytes"] / 2**20 for side in ("ours", "peer"))
     rows.append(("peak RSS, MiB", f"{near:,.0f}", f"{far:,.0f}", ""))
     return "\n".join(f"{a:<24}{b:>12}{c:>12}{d:>8}" for a, b, c, d in rows)
-
-
-def say(line: str) -> None:
-    """Progress, on stderr."""
-    end = "" if sys.stderr.isatty() else "\n"
-    print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=24, help="decoded in a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--fill", action="store_true", help="fill the peer's cache, read nothing")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.contexts = [int(part) for part in args.contexts.split(",")]
@@ -193,7 +195,7 @@ def main() -> int:
     peer = Peer(args.peer_python, args.peer, room, args.threads)
     facts = measure(Ours(args.bundle, args.threads), peer, args)
     peer.close()
-    say("")
+    say.close(keep=False)
     print(json.dumps(facts) if args.json else as_text(facts))
     return 0
 

@@ -1,7 +1,6 @@
 """What a run says of itself: a line on the terminal, JSONL beside the progress, TensorBoard."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from mmmamba_edge.bench import peak_bytes
 from mmmamba_edge.distill.engine import Engine
+from mmmamba_edge.status import StatusLine
 from mmmamba_edge.whole import new_file
 
 
@@ -30,11 +30,12 @@ class Metrics:
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._tokens = 0
-        self._file = self._board = None
+        self._file = self._board = self._status = None
         if engine.is_main:
             _forget(out / "metrics.jsonl", start)
             self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
             self._board = _board(out / "tensorboard")
+            self._status = StatusLine(every=0)
 
     def count(self, loss: Tensor, norm: Tensor, tokens: int) -> None:
         """One step of this process; nothing waits for the device."""
@@ -49,7 +50,6 @@ class Metrics:
         tokens = float(self.engine.total(self._tokens))
         now = time.perf_counter()
         speed = tokens / (now - self._tick)
-        left = (now - self._began) / (step - self.start) * (self.steps - step)
         self._tick, self._tokens = now, 0
         self._losses.clear()
         self._norms.clear()
@@ -61,29 +61,28 @@ class Metrics:
                 "seconds": round(now - self._began, 2),
             }
         )  # fmt: skip
-        self._say(
-            f"{self.title} {step}/{self.steps}  loss {loss:.5g}  lr {rate:.2g}  "
-            f"{speed:,.0f} tokens/s  {memory:.2f} GiB  {_clock(left)} left"
-        )
+        if self._status:
+            more = f"loss {loss:.5g}  lr {rate:.2g}  {speed:,.0f} tokens/s  {memory:.2f} GiB"
+            self._status(self.title, step, self.steps, more)
         return loss
 
     def validation(self, step: int, loss: float) -> None:
         """The loss on held-out rows."""
         self._write({"step": step, "validation_loss": loss})
-        self._say(f"{self.title} {step}/{self.steps}  validation loss {loss:.5g}", stay=True)
+        self._note(f"{self.title} {step}/{self.steps}  validation loss {loss:.5g}")
 
     def skipped(self, rows: tuple[str, ...]) -> None:
         """Rows of the data that could not be used, one line each."""
         for row in rows:
             self._write({"skipped": row})
-            self._say(f"skipped {row}", stay=True)
+            self._note(f"skipped {row}")
 
     def close(self) -> None:
         """End the line, close the files."""
+        if self._status:
+            self._status.close()
         if self._file:
             self._file.close()
-            if sys.stderr.isatty():
-                print(file=sys.stderr)
         if self._board:
             self._board.close()
 
@@ -96,13 +95,9 @@ class Metrics:
                 if key != "step":
                     self._board.add_scalar(key, value, row["step"])
 
-    def _say(self, line: str, *, stay: bool = False) -> None:
-        if not self.engine.is_main:
-            return
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{line}", end="\n" if stay else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+    def _note(self, line: str) -> None:
+        if self._status:
+            self._status.note(line)
 
 
 def _forget(path: Path, start: int) -> None:
@@ -133,8 +128,3 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return peak_bytes() / 2**30
-
-
-def _clock(seconds: float) -> str:
-    minutes, hours = int(seconds / 60) % 60, int(seconds / 3600)
-    return f"{hours}:{minutes:02d}:{int(seconds) % 60:02d}"

@@ -37,6 +37,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import save_model
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.mixer import look_up_kernels
+from mmmamba_edge.status import StatusLine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +110,8 @@ def run(
         example = rows_as_tensors(scene_cache, np.arange(train.batch), pin=False)
         gradients = graphed(gradients, to_device(example, device))
     feed, recipe, losses = Feed(scene_cache, data, train, start, device), train, []
-    began = tick = time.perf_counter()
+    began, status = time.perf_counter(), StatusLine(every=0)
+    tick = began
     with (out / "metrics.jsonl").open("a") as metrics:
         for step, batch in enumerate(feed, start) if start < train.steps else ():
             for group in (g for optimizer in optimizers for g in optimizer.param_groups):
@@ -138,29 +140,21 @@ def run(
                 }  # fmt: skip
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
-                left = (train.steps - done) / rate
-                print(
-                    f"\rstep {done}/{train.steps}  loss {mean:.4f}  {rate:.2f} steps/s  "
-                    f"{left / 60:.1f} min left ",
-                    end="" if sys.stderr.isatty() else "\n",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                status("step", done, train.steps, f"loss {mean:.4f}  {rate:.2f} steps/s")
             if done % train.save_every == 0 or done >= train.steps:
                 save_progress(out / "progress.safetensors", parameters, optimizers, done)
                 if val is not None:
                     score = validate(model, SceneCache(val), train.batch, device)
                     metrics.write(json.dumps({"step": done, "val_exact": round(score, 4)}) + "\n")
-                    print(
-                        f"\nstep {done}: {score:.1%} of validation answers exact", file=sys.stderr
-                    )
+                    status.note(f"step {done}: {score:.1%} of validation answers exact")
             if done >= train.steps:
                 break
     final = out / "checkpoint"
     if start < train.steps or not final.exists():
         shutil.rmtree(final, ignore_errors=True)  # of a shorter run; progress holds the weights
         save_model(model, final, dtype=torch.bfloat16, extra_files=[tokenizer] if tokenizer else [])
-    print(f"\nwrote {final}", file=sys.stderr)
+    status.close()
+    print(f"wrote {final}", file=sys.stderr)
     return final
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.pte_backends import BACKENDS
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.quant.codes import GROUPS
+from mmmamba_edge.status import Report, StatusLine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,30 +75,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The verb."""
+    with closing(StatusLine()) as status:
+        manifest = _export(args, status)
+    print(_as_json(args.out, manifest) if args.json else _as_text(args.out, manifest))
+    return 0
+
+
+def _export(args: argparse.Namespace, report: Report) -> Manifest:
     options: dict[str, Any] = {
         "quant": args.quant, "group_size": args.group_size, "max_context": args.max_context,
-        "report": lambda line: print(line, file=sys.stderr, flush=True),
+        "report": report,
     }  # fmt: skip
     if args.to == "onnx":
         if args.backend:
             raise UserError("--backend is for --to executorch; leave it out with --to onnx")
         from mmmamba_edge.export.to_onnx import export_onnx
 
-        manifest = export_onnx(
+        return export_onnx(
             args.checkpoint, args.out, ops=args.ops or "com.microsoft", cache=args.cache,
             ort=args.ort, **options,
         )  # fmt: skip
-    else:
-        for name in ("ops", "cache", "ort"):
-            if getattr(args, name):
-                raise UserError(f"--{name} is for --to onnx; leave it out with --to executorch")
-        from mmmamba_edge.export.to_executorch import export_executorch
+    for name in ("ops", "cache", "ort"):
+        if getattr(args, name):
+            raise UserError(f"--{name} is for --to onnx; leave it out with --to executorch")
+    from mmmamba_edge.export.to_executorch import export_executorch
 
-        manifest = export_executorch(
-            args.checkpoint, args.out, backend=args.backend or "xnnpack", **options
-        )
-    print(_as_json(args.out, manifest) if args.json else _as_text(args.out, manifest))
-    return 0
+    backend = args.backend or "xnnpack"
+    return export_executorch(args.checkpoint, args.out, backend=backend, **options)
 
 
 def _as_json(out: Path, manifest: Manifest) -> str:

@@ -20,6 +20,7 @@ from mmmamba_edge.manifest import StateTensor, is_cache
 from mmmamba_edge.model.layers import rope_tables
 from mmmamba_edge.model.mixer import G_NORM_EPS
 from mmmamba_edge.quant.codes import take_rows
+from mmmamba_edge.status import Report, silent
 
 KINDS = {"float32": FLOAT, "float16": FLOAT16}  # dtypes of state tensors
 
@@ -37,7 +38,7 @@ def state_layout(
 
 def write_decoder(
     graph: GraphWriter, ops: Ops, weights: Weights, max_context: int | None,
-    cache: str = "float32",
+    cache: str = "float32", say: Report = silent,
 ) -> None:  # fmt: skip
     """Write the decoder into `graph`.
 
@@ -47,6 +48,7 @@ def write_decoder(
         weights: of the checkpoint.
         max_context: tokens that the attention caches are made for; None without such layers.
         cache: dtype of those caches.
+        say: told how many layers are written.
     """
     config, layout = weights.config, state_layout(weights.config, max_context, cache)
     x = graph.input("inputs_embeds", FLOAT, [1, "tokens", config.hidden_size])
@@ -63,6 +65,7 @@ def write_decoder(
     ropes: dict[StackConfig, tuple[str, str]] = {}
     first_llm, last = len(config.embedding.layer_types), len(config.layer_types) - 1
     for layer, kind in enumerate(config.layer_types):
+        say("writing decoder.onnx: layer", layer, last + 1)
         stack, prefix = config.stack_of(layer), weights.prefix(layer)
         if layer == first_llm and config.normalize_encoder_output:
             stream.normalize()
@@ -84,6 +87,7 @@ def write_decoder(
         u = stream.norm(f"{prefix}ffn_norm.weight", stack.rms_norm_eps)
         stream.add(_feed_forward(ops, weights, f"{prefix}feed_forward.", stack, u))
     u = stream.norm("language_model.model.norm.weight", config.llm.rms_norm_eps)
+    say("writing decoder.onnx: head")
     logits = ops.linear(u, "head", weights.matrix(HEAD))
     graph.rename(logits, "logits")
 

@@ -72,3 +72,10 @@ def _stretch(stack: StackConfig) -> float:
     """How much longer than max_position_embeddings linear scaling makes the trained context."""
     scaling = stack.rope_scaling
     return scaling.factor if scaling and scaling.type == "linear" else 1.0
+
+
+def rope_setting(config: Config) -> dict[str, str]:
+    """What a manifest says of rotations that are not the checkpoint's own beyond the limit."""
+    if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in attending(config)):
+        return {"rope": "plain base: dynamic NTK would begin beyond max_position_embeddings"}
+    return {}

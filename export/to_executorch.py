@@ -1,7 +1,6 @@
 """A checkpoint becomes one .pte for phones: three methods lowered, verified, then put in place."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,18 @@ from mmmamba_edge.export.pte_modules import (
     VisionEncoder,
     chunk_of,
 )
-from mmmamba_edge.export.source import context_limit, copy_tokenizer, exportable
+from mmmamba_edge.export.source import context_limit, copy_tokenizer, exportable, rope_setting
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import TOKENIZER, FileRecord, Manifest
 from mmmamba_edge.model.checkpoints import Checkpoint
 from mmmamba_edge.quant.schemes import scheme
 from mmmamba_edge.runtimes.executorch_runner import MANIFEST_METHOD, ExecuTorchRunner, quietly
+from mmmamba_edge.status import Report, silent
 
 FILE = "model.pte"
 PARTITION = "partition.json"  # which operators the backend took, of each method
 UNLIMITED = 2**31 - 1  # what a linear model's context is called in a number
-
-Report = Callable[[str], None]
 
 
 def export_executorch(
@@ -57,7 +55,7 @@ def export_executorch(
         max_context: tokens that attention layers keep; None: `context_limit`.
         backend: what the methods are lowered to (pte_backends.py). Another than "xnnpack" cannot
             be run here: such a file is written with a report of its partition, unverified.
-        report: told in a line what is being done.
+        report: told what is being done, and how far.
 
     Returns:
         The manifest, verification figures included.
@@ -66,7 +64,7 @@ def export_executorch(
         UserError: bad options, an unsupported model, or a place that cannot be written.
         CheckFailed: the file's answers are not the checkpoint's.
     """
-    say = report or (lambda line: None)
+    say = report or silent
     stored = scheme(quant, group_size)
     check_backend(backend)
     if quant == "fp16":
@@ -84,6 +82,7 @@ def export_executorch(
             settings["activations"] = "8 bits a token, asymmetric"
         if stored.bits == 4:
             settings["group_size"] = stored.group
+        settings |= rope_setting(config)
         manifest = Manifest(
             producer=f"mmmamba-edge {mmmamba_edge.__version__}",
             model_id=source.weights_id(),

@@ -1,6 +1,5 @@
 """A checkpoint becomes an ONNX bundle: three graphs written, verified, then put in place."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,17 +15,22 @@ from mmmamba_edge.export.ops import Ops
 from mmmamba_edge.export.ops_fused import FusedOps
 from mmmamba_edge.export.ops_standard import StandardOps
 from mmmamba_edge.export.ort_format import replace_by_ort
-from mmmamba_edge.export.source import attending, context_limit, copy_tokenizer, exportable
+from mmmamba_edge.export.source import (
+    attending,
+    context_limit,
+    copy_tokenizer,
+    exportable,
+    rope_setting,
+)
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.vision_graph import write_embed, write_vision
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.checkpoints import Checkpoint
 from mmmamba_edge.quant.schemes import Scheme, scheme
+from mmmamba_edge.status import Report, silent
 
 DIALECTS: dict[str, type[Ops]] = {"com.microsoft": FusedOps, "standard": StandardOps}
-
-Report = Callable[[str], None]
 
 
 def export_onnx(
@@ -54,7 +58,7 @@ def export_onnx(
         cache: dtype of the attention layers' keys and values: "float32", or "float16", half the
             memory; None: float32. Not for a linear model.
         ort: graphs in ONNX Runtime's own format, for reduced mobile builds (ort_format.py).
-        report: told in a line what is being done.
+        report: told what is being done, and how far.
 
     Returns:
         The manifest, verification figures included.
@@ -63,7 +67,7 @@ def export_onnx(
         UserError: bad options, an unsupported model, or a place that cannot be written.
         CheckFailed: the bundle's answers are not the checkpoint's.
     """
-    say = report or (lambda line: None)
+    say = report or silent
     stored = scheme(quant, group_size)
     if ops not in DIALECTS:
         raise UserError(f"ops {ops!r}: known are {', '.join(DIALECTS)}")
@@ -118,7 +122,7 @@ def _write_graphs(
     for name, write in (
         ("vision", write_vision),
         ("embed", write_embed),
-        ("decoder", partial(write_decoder, max_context=context, cache=cache)),
+        ("decoder", partial(write_decoder, max_context=context, cache=cache, say=say)),
     ):
         say(f"writing {name}.onnx")
         with GraphWriter(folder, name, dialect.opset) as graph:
@@ -131,6 +135,4 @@ def _settings(config: Config, stored: Scheme, dialect: type[Ops]) -> dict[str, A
     settings = dict(dialect.settings) if stored.bits else {}
     if stored.bits == 4:
         settings["group_size"] = stored.group
-    if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in attending(config)):
-        settings["rope"] = "plain base: dynamic NTK would begin beyond max_position_embeddings"
-    return settings
+    return settings | rope_setting(config)

@@ -26,6 +26,7 @@ from mmmamba_edge.export.reference import Reading, read_streamed
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.runtimes.base import Runner, State
 from mmmamba_edge.runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from mmmamba_edge.status import Report, silent
 
 Floats = NDArray[np.float32]
 
@@ -82,7 +83,7 @@ class Reader(Runner, Protocol):
 
 
 def verify(
-    folder: Path, weights: Weights, report: Callable[[str], None] | None = None,
+    folder: Path, weights: Weights, report: Report = silent,
     open_bundle: Callable[..., Reader] = OnnxRuntimeRunner,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the bundle in `folder` with the weights that it was made of.
@@ -90,7 +91,7 @@ def verify(
     Args:
         folder: a whole bundle.
         weights: of the checkpoint, under the bundle's scheme.
-        report: told in a line what is being done.
+        report: told what is being done, and how far.
         open_bundle: the runtime's runner.
 
     Returns:
@@ -104,8 +105,7 @@ def verify(
 
     def read(seen: Weights, what: str) -> list[Reading]:
         def progress(done: int, total: int) -> None:
-            if report and (done == total or done % 8 == 0):
-                report(f"PyTorch reads {what}: layer {done} of {total}")
+            report(f"verifying: PyTorch reads {what}, layer", done, total)
 
         return read_streamed(seen, [(p.ids, p.pixels) for p in prompts], progress)
 
@@ -118,7 +118,9 @@ def verify(
     }
     plain = read(weights.plain(), "the float32 weights")
     if manifest.quant == "none":
-        figures["float32"] = compare(open_bundle(folder, verify=False), prompts, plain)
+        figures["float32"] = compare(
+            open_bundle(folder, verify=False), prompts, plain, _part(report, "float32")
+        )
         _require(figures["float32"], _ALL, exact_db, "float32 graph against PyTorch")
         return figures
 
@@ -127,20 +129,25 @@ def verify(
     if weights.scheme.bits and open_bundle is OnnxRuntimeRunner:
         with tempfile.TemporaryDirectory(dir=folder, prefix="exact.") as t:
             exact = OnnxRuntimeRunner(exact_twin(folder, Path(t)), verify=False)
-            figures["exact"] = compare(exact, prompts, stored)
+            figures["exact"] = compare(exact, prompts, stored, _part(report, "exact"))
             del exact  # its weights are copies: two sessions at a time are one too many
     runner = open_bundle(folder, verify=False)
     if weights.scheme.bits:
-        figures["shipped"] = compare(runner, prompts, stored)
+        figures["shipped"] = compare(runner, prompts, stored, _part(report, "shipped"))
     else:  # half-precision weights, which ONNX Runtime's CPU multiplies in float32
-        figures["exact"] = compare(runner, prompts, stored)
+        figures["exact"] = compare(runner, prompts, stored, _part(report, "exact"))
     what = f"{manifest.quant} graph against PyTorch on its own weights"
     if "exact" in figures:
         _require(figures["exact"], _ALL, exact_db, what)
-    figures["float32"] = compare(runner, prompts, plain)
+    figures["float32"] = compare(runner, prompts, plain, _part(report, "float32"))
     limit = FOUR_BIT_DB if weights.scheme.bits == 4 else QUANTISED_DB
     _require(figures["float32"], ("sqnr_db",), limit, f"{manifest.quant} graph against float32")
     return figures
+
+
+def _part(report: Report, name: str) -> Callable[[int, int], None]:
+    what = f"verifying: the bundle reads ({name}), prompt"
+    return lambda done, total: report(what, done, total)
 
 
 def make_prompts(config: Config, max_context: int | None) -> Iterator[Prompt]:
@@ -160,7 +167,10 @@ def make_prompts(config: Config, max_context: int | None) -> Iterator[Prompt]:
             )  # fmt: skip
 
 
-def compare(runner: Reader, prompts: list[Prompt], wanted: list[Reading]) -> dict[str, float]:
+def compare(
+    runner: Reader, prompts: list[Prompt], wanted: list[Reading],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Read every prompt whole and in pieces, and put the differences into figures.
 
     Returns:
@@ -171,7 +181,9 @@ def compare(runner: Reader, prompts: list[Prompt], wanted: list[Reading]) -> dic
     rng = np.random.default_rng(1)
     worst, worst_state = _EQUAL_DB, _EQUAL_DB
     total = _Difference()
-    for prompt, want in zip(prompts, wanted, strict=True):
+    for number, (prompt, want) in enumerate(zip(prompts, wanted, strict=True)):
+        if progress:
+            progress(number, len(prompts))
         ways = SPLITS if len(prompt.ids) < LONG else 1
         for read in (_whole, *[_in_pieces] * ways):
             rows, logits, state = read(runner, prompt, rng)

@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +25,7 @@ from mmmamba_edge.bundle import DEFAULT_BUNDLE, read_manifest
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.runtimes import open_bundle
 from mmmamba_edge.runtimes.base import Runner, State
+from mmmamba_edge.status import Report, StatusLine, silent
 
 WARM_STEPS = 5  # before decoding is timed
 PROBE_BYTES = 256 << 20  # a thread; far above any cache
@@ -62,11 +63,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ("prompt_tokens", "new_tokens", "repeat"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a whole number above 0")
+    status = StatusLine()
     facts = measure(
         args.model or DEFAULT_BUNDLE, runtime=args.runtime, threads=args.threads,
         provider=args.provider, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens,
-        contexts=contexts, tiles=tiles, repeat=args.repeat, say=_say,
+        contexts=contexts, tiles=tiles, repeat=args.repeat, say=status,
     )  # fmt: skip
+    status.close(keep=False)
     if args.plot:
         plot(facts, args.plot)
     print(json.dumps(facts) if args.json else as_text(facts))
@@ -76,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     model: Path, *, runtime: str = "auto", threads: int | None = None, provider: str = "cpu",
     prompt_tokens: int = 128, new_tokens: int = 64, contexts: list[int], tiles: list[int],
-    repeat: int = 3, say: Callable[[str], None] = lambda line: None,
+    repeat: int = 3, say: Report = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """All figures as JSON: seconds, tokens a second, bytes.
 
@@ -119,8 +122,7 @@ def measure(
     state, facts["decode"] = runner.new_state(), []
     facts["state_bytes"] = state.nbytes
     for context in contexts:
-        say(f"reading up to {context} tokens")
-        state = _read_to(runner, state, rng, context)
+        state = _read_to(runner, state, rng, context, say)
         say(f"decoding at {context} tokens")
         row = _decode(runner, state, text, new_tokens)
         if weights:
@@ -157,10 +159,15 @@ def _picture(
     return {"tiles": tiles, "tokens": len(ids), "first_token_s": statistics.median(seconds)}
 
 
-def _read_to(runner: Runner, state: State, rng: np.random.Generator, context: int) -> State:
-    missing = context - state.tokens
+def _read_to(
+    runner: Runner, state: State, rng: np.random.Generator, context: int, say: Report
+) -> State:
+    missing, read = context - state.tokens, state.tokens
     if missing > 0:
-        _, state = runner.prefill(_text_ids(runner, rng, missing), state=state)
+        _, state = runner.prefill(
+            _text_ids(runner, rng, missing), state=state,
+            progress=lambda done, _: say(f"reading up to {context} tokens:", read + done, context),
+        )  # fmt: skip
     return state
 
 
@@ -332,8 +339,3 @@ def _numbers(text: str, flag: str, *, least: int) -> list[int]:
     if min(numbers) < least or numbers != sorted(numbers):
         raise UserError(f"{flag} {text!r}: expected rising numbers from {least} on")
     return numbers
-
-
-def _say(line: str) -> None:
-    end = "" if sys.stderr.isatty() else "\n"
-    print(f"\r\x1b[K{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)

@@ -50,8 +50,8 @@ def test_each_context_goes_on_from_the_one_before(monkeypatch):
     read = []
     plain = bench._read_to
 
-    def watched(runner, state, rng, context):
-        state = plain(runner, state, rng, context)
+    def watched(runner, state, rng, context, say):
+        state = plain(runner, state, rng, context, say)
         read.append(state.tokens)
         return state
 

@@ -33,6 +33,7 @@ from mmmamba_edge.distill.scenes.scene import SIZE
 from mmmamba_edge.distill.scenes.tokenizer import load_tokenizer
 from mmmamba_edge.distill.scenes.vocabulary import SPLITS
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.status import StatusLine
 from mmmamba_edge.whole import new_file
 
 __all__ = ["SHARD", "SceneCache", "Spec", "easy_vqa_test", "iter_eval", "write_cache"]
@@ -110,32 +111,19 @@ def write_cache(
         path = _shard_path(out, "images", shard)
         if not path.exists() or _rows_of(path) < size:
             jobs.append((spec, art, tokenizer, out, shard, size))
-    progress = _Progress(sum(job[-1] for job in jobs))
+    total, done, status = sum(job[-1] for job in jobs), 0, StatusLine()
     if workers <= 1:
         for job in jobs:
-            progress.add(_write_shard(*job))
+            done += _write_shard(*job)
+            status("scenes", done, total)
+        status.close()
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for done in as_completed([pool.submit(_write_shard, *job) for job in jobs]):
-            progress.add(done.result())
-
-
-class _Progress:
-    """A line on stderr: how far, how fast, how long yet."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.began = total, 0, time.perf_counter()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        rate = self.done / (time.perf_counter() - self.began)
-        left = (self.total - self.done) / rate
-        end = "\n" if self.done == self.total or not sys.stderr.isatty() else ""
-        print(
-            f"\rscenes {self.done}/{self.total}  {rate:.0f} scenes/s  {left / 60:.1f} min left ",
-            end=end, file=sys.stderr, flush=True,
-        )  # fmt: skip
+        for shard in as_completed([pool.submit(_write_shard, *job) for job in jobs]):
+            done += shard.result()
+            status("scenes", done, total)
+    status.close()
 
 
 # --- reading ------------------------------------------------------------------------------------
