@@ -7,7 +7,6 @@
 `samples` are the pairs that `iter_eval` yields.
 """
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ import numpy as np
 
 from mmmamba_edge.distill.scenes.phrasing import COUNT_WORDS, Question, plural
 from mmmamba_edge.distill.scenes.vocabulary import COLOURS, KINDS, SHAPES
+from mmmamba_edge.evaluation.task import wilson
 
 Answer = Callable[[np.ndarray, str], str]
 AnswerBatch = Callable[[list[tuple[np.ndarray, str]]], list[str]]
@@ -120,15 +120,6 @@ def caption_items(text: str) -> frozenset[tuple[str, str, str]]:
 
 
 _SINGULAR = {form: name for name in (*KINDS, *SHAPES) for form in (name, plural(name))}
-
-
-def wilson(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share; `hits` may be a sum of fractions."""
-    z, p = 1.96, hits / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(max(0.0, p * (1 - p)) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def format_table(table: dict[str, Score]) -> str:
