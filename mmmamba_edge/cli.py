@@ -27,7 +27,7 @@ VERBS = {
     "chat": ("mmmamba_edge.chat", "show a model pictures and talk about them"),
     "export": ("mmmamba_edge.export.command", "make a verified bundle of a checkpoint"),
     "bench": ("mmmamba_edge.bench", "measure time and memory on this machine"),
-    "eval": ("mmmamba_edge.distill.scenes.eval_command", "score a model on questions by type"),
+    "eval": ("mmmamba_edge.evaluation.command", "score a model on benchmarks and scenes"),
     "inspect": ("mmmamba_edge.inspection", "print config, sizes, state bytes and tensors"),
     "seed": ("mmmamba_edge.distill.seed_command", "make a student of a teacher"),
     "distill": ("mmmamba_edge.distill.distill_command", "train a student from a teacher"),

@@ -107,7 +107,7 @@ def test_import_and_help_load_no_torch():
         "for name in ('torch', 'onnx', 'onnxruntime'): sys.modules[name] = None\n"
         "import mmmamba_edge\n"
         "from mmmamba_edge.cli import main\n"
-        "for argv in (['--help'], ['chat', '--help']):\n"
+        "for argv in (['--help'], ['chat', '--help'], ['eval', '--help']):\n"
         "    try: main(argv)\n"
         "    except SystemExit as stop: assert not stop.code, stop.code\n"
     )

@@ -1,4 +1,4 @@
-"""`mmmamba-edge eval`: a model's score on new scenes, by question type, beside chance.
+"""The tasks scenes and easy-vqa of `mmmamba-edge eval`: a score by question type, beside chance.
 
 Poses, shades, fonts and words are the test split's, none of which training saw. easy-vqa's official
 test is the outside yardstick.
@@ -6,7 +6,6 @@ test is the outside yardstick.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,44 +20,23 @@ from mmmamba_edge.distill.scenes.evaluation import easy_vqa_test, iter_eval
 from mmmamba_edge.distill.scenes.phrasing import Question
 from mmmamba_edge.distill.scenes.questions import with_chance
 from mmmamba_edge.distill.scenes.score import Sample, format_table, score
-from mmmamba_edge.errors import UserError
+from mmmamba_edge.evaluation.asking import open_model
 from mmmamba_edge.prefix import PrefixCache
-from mmmamba_edge.runtimes import open_bundle
 from mmmamba_edge.runtimes.base import Runner
 from mmmamba_edge.session import Session
+from mmmamba_edge.status import StatusLine
 
-TASKS = ("scenes", "easy-vqa")
 ANSWER_TOKENS = 48  # the longest caption takes about 40
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's flags."""
-    parser.add_argument("model", metavar="BUNDLE|CHECKPOINT", type=Path, help="what to score")
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("cache/art"),
-        help="art folder made by `python -m mmmamba_edge.distill.scenes.art` (default cache/art)",
-    )
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="of scenes")
-    parser.add_argument("--limit", type=int, help="pictures (scenes) or questions (easy-vqa)")
-    parser.add_argument("--runtime", default="auto", help="auto, onnxruntime, torch (a checkpoint)")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.epilog = "example: mmmamba-edge eval build/default --task scenes --limit 500"
-
-
 def run(args: argparse.Namespace) -> int:
-    """The verb."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: expected a whole number above 0")
-    art = load_art(args.data)
+    """The verb, for these tasks."""
+    art = load_art(args.data or Path("cache/art"))
     if args.task == "scenes":
         samples = iter_eval(args.split, args.limit or 1000, art)
     else:
         samples = easy_vqa_samples(art, args.limit)
-    runner = open_bundle(args.model, args.runtime, args.threads)
+    runner = open_model(args.model, args.runtime, args.threads, args.provider)
     began = time.perf_counter()
     table = score(answerer(runner), _shown(samples))
     seconds = time.perf_counter() - began
@@ -95,11 +73,8 @@ def easy_vqa_samples(art: Art, limit: int | None) -> Iterator[Sample]:
 
 def _shown(samples: Iterator[Sample]) -> Iterator[Sample]:
     """The samples, with a line of progress on stderr."""
-    began = time.perf_counter()
+    status = StatusLine()
     for count, sample in enumerate(samples, start=1):
         yield sample
-        if count % 20 == 0 and sys.stderr.isatty():
-            rate = count / (time.perf_counter() - began)
-            print(f"\r{count} pictures  {rate:.1f}/s ", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+        status("pictures", more=str(count))
+    status.close()
