@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 HIDDEN, MLP, HEADS, KV_HEADS, LAYERS, VOCAB = 2048, 8192, 16, 8, 32, 92_553
+FLASH = {"auto": -1, "off": 0, "on": 1}  # llama.h
 INNER, STATE, SSM_LAYERS = 4096, 128, 60  # of mamba2: about as many bytes as the transformer
 
 
@@ -99,7 +100,7 @@ def write(kind: str, path: Path) -> None:
 class Model:
     """A context of llama.cpp, by its C interface."""
 
-    def __init__(self, path: Path, context: int, threads: int) -> None:
+    def __init__(self, path: Path, context: int, threads: int, flash: int = -1) -> None:
         import llama_cpp as c  # pyright: ignore[reportMissingImports]
 
         self.c, self.saved, self.kept, self.rng = c, None, 0, np.random.default_rng(0)
@@ -114,6 +115,7 @@ class Model:
         params = c.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, 512, 512
         params.n_threads = params.n_threads_batch = threads
+        params.flash_attn_type = flash
         self.context = c.llama_init_from_model(self.model, params)
         self.memory = c.llama_get_memory(self.context)
 
@@ -134,24 +136,28 @@ class Model:
         size = c.llama_state_seq_get_size(self.context, 0)
         short = (c.ctypes.c_uint8 * size)()
         c.llama_state_seq_get_data(self.context, short, size, 0)
-        short, at = memoryview(short).cast("B"), 16 + 12 * part  # after the cells, 12 bytes each
-        head, _, streams, cells = struct.unpack_from("<4I", short)
+        short, at = bytes(short), 16 + 12 * part  # after the cells, 12 bytes each
+        magic, _, streams, cells = struct.unpack_from("<4I", short)
         transposed, layers = struct.unpack_from("<2I", short, at)
-        if (streams, cells, transposed, layers) != (1, part, 0, LAYERS) or count % part:
+        if (streams, cells, layers) != (1, part, LAYERS) or count % part:
             raise SystemExit("fill: this llama.cpp keeps its cache in another form")
         # Magic and number of streams, cells (position, one sequence, its id), layers' keys, values.
-        whole = bytearray(struct.pack("<4I", head, 0, 1, count))
+        whole = bytearray(struct.pack("<4I", magic, 0, 1, count))
         for position in range(count):
             whole += struct.pack("<3I", position, 1, 0)
         whole += short[at : at + 8]
         at += 8
-        for _ in range(2 * layers):  # a type and the bytes of a row before each layer's rows
-            _, row = struct.unpack_from("<IQ", short, at)
-            whole += short[at : at + 12]
-            rows = bytes(short[at + 12 : at + 12 + part * row])
-            for _ in range(count // part):
-                whole += rows
-            at += 12 + part * row
+        for i in range(2 * layers):
+            if i < layers or not transposed:  # type, bytes of a row; a row for each token
+                head, runs = 12, [struct.unpack_from("<IQ", short, at)[1] * part]
+            else:  # type, bytes of an element, channels; a run of tokens for each channel
+                _, element, channels = struct.unpack_from("<3I", short, at)
+                head, runs = 12, [element * part] * channels
+            whole += short[at : at + head]
+            at += head
+            for run in runs:
+                whole += short[at : at + run] * (count // part)
+                at += run
         buffer = (c.ctypes.c_uint8 * len(whole)).from_buffer(whole)
         c.llama_memory_clear(self.memory, True)
         if not c.llama_state_seq_set_data(self.context, buffer, len(whole), 0):
@@ -197,13 +203,16 @@ def main() -> int:
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--flash-attention", default="auto", choices=("auto", "off", "on"), help="of llama.cpp"
+    )
     args = parser.parse_args()
     if args.verb == "write":
         if args.what not in ("transformer", "mamba2") or args.path is None:
             parser.error("write transformer|mamba2 FILE")
         write(args.what, args.path)
         return 0
-    model = Model(Path(args.what), args.context, args.threads)
+    model = Model(Path(args.what), args.context, args.threads, FLASH[args.flash_attention])
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         print(json.dumps(model.answer(json.loads(line))), flush=True)

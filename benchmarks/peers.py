@@ -67,9 +67,10 @@ class Ours:
 class Peer:
     """llama.cpp in its own process."""
 
-    def __init__(self, python: str, model: Path, context: int, threads: int) -> None:
+    def __init__(self, python: str, model: Path, context: int, threads: int, flash: str):
         command = (python, str(HERE / "llama_peer.py"), "serve", str(model))
         options = ("--context", str(context), "--threads", str(threads))
+        options += ("--flash-attention", flash)
         self.process = subprocess.Popen(
             command + options, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -187,12 +188,13 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=24, help="decoded in a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=physical_cores())
+    parser.add_argument("--flash-attention", default="auto", choices=("auto", "off", "on"))
     parser.add_argument("--fill", action="store_true", help="fill the peer's cache, read nothing")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.contexts = [int(part) for part in args.contexts.split(",")]
     room = max(args.contexts[-1], args.prompt_tokens) + args.new_tokens + 512
-    peer = Peer(args.peer_python, args.peer, room, args.threads)
+    peer = Peer(args.peer_python, args.peer, room, args.threads, args.flash_attention)
     facts = measure(Ours(args.bundle, args.threads), peer, args)
     peer.close()
     say.close(keep=False)

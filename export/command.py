@@ -114,6 +114,7 @@ def _as_json(out: Path, manifest: Manifest) -> str:
             "quant": manifest.quant,
             "ops": manifest.ops,
             "model_id": manifest.model_id,
+            "codes_sha256": manifest.settings.get("codes_sha256"),
             "verification": manifest.verification,
         },
         ensure_ascii=False,
@@ -126,6 +127,8 @@ def _as_text(out: Path, manifest: Manifest) -> str:
     lines = [f"{out}: {size:,} bytes; state {manifest.state_bytes:,} bytes{context}"]
     if "not_run" in manifest.verification:
         lines.append(f"  {manifest.verification['not_run']}: not verified")
+    if "codes_sha256" in manifest.settings:
+        lines.append(f"  codes {manifest.settings['codes_sha256']}")
     for key, what in _COMPARISONS.items():
         figures = manifest.verification.get(key)
         if figures:

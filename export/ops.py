@@ -84,7 +84,7 @@ class Ops(Protocol):
     def gated_norm(self, y: str, gate: str, name: str, weight: Floats, eps: float) -> str:
         """RMS norm over each head, times SiLU(gate): (1, tokens, heads * head_dim).
 
-        `weight` (head_dim,), shared by the heads.
+        `weight` (head_dim,), shared by the heads, or (heads, head_dim) after a fold.
         """
         ...
 

@@ -125,8 +125,11 @@ class FusedOps:
 
     def gated_norm(self, y: str, gate: str, name: str, weight: Floats, eps: float) -> str:
         g = self.graph
-        by_head = g.one("Reshape", y, g.ints(0, 0, -1, len(weight)))
-        normed = self.rms_norm(by_head, name, weight, eps)
+        by_head = g.one("Reshape", y, g.ints(0, 0, -1, weight.shape[-1]))
+        shared = weight if weight.ndim == 1 else np.ones_like(weight[0])
+        normed = self.rms_norm(by_head, name, shared, eps)
+        if weight.ndim == 2:
+            normed = g.one("Mul", normed, g.weight(f"{name}.by_head", weight))
         return g.one("Mul", g.one("Reshape", normed, g.ints(0, 0, -1)), self._silu(gate))
 
     def attention(

@@ -292,7 +292,7 @@ class Norm(nn.Module):
     def __init__(self, weights: Weights, name: str, eps: float):
         super().__init__()
         self.weight, self.eps = float_parameter(weights.tensor(name)), eps
-        width = len(self.weight)
+        width = self.weight.shape[-1]  # a fold may have given each head a weight of its own
         self.register_buffer("mean", torch.full((1, width), 1 / width), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

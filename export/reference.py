@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmmamba_edge.config import Config
 from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Weights
+from mmmamba_edge.model.checkpoints import assign
 from mmmamba_edge.model.decoder import DecoderLayer, DecoderState
 from mmmamba_edge.model.layers import Attention, RMSNorm
 from mmmamba_edge.model.vision import VisionEmbeddings, pixel_shuffle, pixel_shuffle_proj
@@ -45,7 +46,7 @@ def read_streamed(
         progress: told layers done, and how many there are.
     """
     config = weights.config
-    hidden = _embedded(weights, prompts)
+    hidden = embedded(weights, prompts)
     kept: list[list[Any]] = [[] for _ in prompts]
     total = len(config.layer_types)
     for index, kind in enumerate(config.layer_types):
@@ -69,7 +70,7 @@ def read_streamed(
     ]
 
 
-def _embedded(
+def embedded(
     weights: Weights, prompts: Sequence[tuple[NDArray[np.int64], Floats | None]]
 ) -> list[Tensor]:
     """(1, tokens, hidden) of each prompt: rows of the table, vectors of its tiles."""
@@ -107,8 +108,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def _fill(module: M, prefix: str, weights: Weights) -> M:
-    tensors = {name: torch.from_numpy(weights.seen(prefix + name)) for name in module.state_dict()}
-    module.load_state_dict(tensors, assign=True)
+    for name in module.state_dict():
+        assign(module, name, torch.from_numpy(weights.seen(prefix + name)))
     return module
 
 

@@ -1,9 +1,11 @@
 """What every export asks of a checkpoint: whether it can be, for how many tokens, its tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import TOKENIZER
 from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
 from mmmamba_edge.model.decoder import DEFAULT_CONTEXT
@@ -79,3 +81,18 @@ def rope_setting(config: Config) -> dict[str, str]:
     if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in attending(config)):
         return {"rope": "plain base: dynamic NTK would begin beyond max_position_embeddings"}
     return {}
+
+
+def codes_setting(weights: Weights) -> dict[str, Any]:
+    """What a manifest says of the codes that were written: to be asked when all are."""
+    settings: dict[str, Any] = {}
+    if weights.scheme.bits:
+        settings["codes_sha256"] = weights.codes_sha256
+    if weights.scheme.bits == 4:
+        settings["group_size"] = weights.scheme.group
+    if facts := weights.quantized:
+        settings["quantized"] = {
+            "scheme": facts.scheme, "bits_per_weight": facts.bits_per_weight,
+            "calibration": facts.calibration,
+        }  # fmt: skip
+    return settings

@@ -1,6 +1,7 @@
 """A checkpoint becomes one .pte for phones: three methods lowered, verified, then put in place."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,17 @@ from mmmamba_edge.export.pte_modules import (
     VisionEncoder,
     chunk_of,
 )
-from mmmamba_edge.export.source import context_limit, copy_tokenizer, exportable, rope_setting
+from mmmamba_edge.export.source import (
+    codes_setting,
+    context_limit,
+    copy_tokenizer,
+    exportable,
+    rope_setting,
+)
 from mmmamba_edge.export.verify import verify
-from mmmamba_edge.export.weights import Weights
+from mmmamba_edge.export.weights import Weights, open_weights
 from mmmamba_edge.manifest import TOKENIZER, FileRecord, Manifest
 from mmmamba_edge.model.checkpoints import Checkpoint
-from mmmamba_edge.quant.schemes import scheme
 from mmmamba_edge.runtimes.executorch_runner import MANIFEST_METHOD, ExecuTorchRunner, quietly
 from mmmamba_edge.status import Report, silent
 
@@ -65,29 +71,26 @@ def export_executorch(
         CheckFailed: the file's answers are not the checkpoint's.
     """
     say = report or silent
-    stored = scheme(quant, group_size)
     check_backend(backend)
     if quant == "fp16":
         raise UserError("--quant fp16: XNNPACK runs float32 or 8-bit activations; use int8 or int4")
     source = exportable(checkpoint)
+    weights = open_weights(source, quant, group_size)
     config = source.config
     context = context_limit(config, max_context)
-    weights = Weights(source, stored)
     with new_bundle(out) as folder:
         tokenizer = copy_tokenizer(source, folder)
         settings: dict[str, Any] = {
             "tokenizer_sha256": {n: file_sha256(folder / TOKENIZER / n) for n in tokenizer}
         }
-        if stored.bits:
+        if weights.scheme.bits:
             settings["activations"] = "8 bits a token, asymmetric"
-        if stored.bits == 4:
-            settings["group_size"] = stored.group
         settings |= rope_setting(config)
         manifest = Manifest(
             producer=f"mmmamba-edge {mmmamba_edge.__version__}",
             model_id=source.weights_id(),
             model=config,
-            quant=quant,
+            quant=weights.quant,
             ops=backend,
             opset={},
             graphs=dict.fromkeys(("vision", "embed", "decoder"), FILE),
@@ -95,9 +98,13 @@ def export_executorch(
             max_context=context,
             settings=settings,
         )
-        inside = replace(manifest, files={FILE: FileRecord("", 0)})
-        inside_methods = constants(config, context, inside)
-        parts = write_pte(folder / FILE, weights, context, inside_methods, backend, say)
+
+        def inside() -> dict[str, Any]:
+            nonlocal manifest
+            manifest = replace(manifest, settings=settings | codes_setting(weights))
+            return constants(config, context, replace(manifest, files={FILE: FileRecord("", 0)}))
+
+        parts = write_pte(folder / FILE, weights, context, inside, backend, say)
         (folder / PARTITION).write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
         manifest = write_manifest(folder, replace(manifest, tokenizer=tuple(tokenizer)))
         if backend != "xnnpack":
@@ -123,10 +130,13 @@ def constants(config: Config, max_context: int | None, manifest: Manifest) -> di
 
 
 def write_pte(
-    path: Path, weights: Weights, max_context: int | None, constant_methods: dict[str, Any],
-    backend: str, say: Report,
+    path: Path, weights: Weights, max_context: int | None,
+    constant_methods: Callable[[], dict[str, Any]], backend: str, say: Report,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trace, lower and write the three methods; returns what was lowered (`partition`)."""
+    """Trace, lower and write the three methods; returns what was lowered (`partition`).
+
+    `constant_methods` is called when all weights have been read.
+    """
     with quietly():
         from executorch.exir import (
             EdgeCompileConfig,
@@ -147,7 +157,7 @@ def write_pte(
         edge = to_edge_transform_and_lower(
             programs, partitioner={name: partitioners(backend) for name in programs},
             compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            constant_methods=constant_methods,
+            constant_methods=constant_methods(),
         )  # fmt: skip
         parts = {name: partition(edge.exported_program(name).graph_module) for name in programs}
     del programs

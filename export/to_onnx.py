@@ -17,6 +17,7 @@ from mmmamba_edge.export.ops_standard import StandardOps
 from mmmamba_edge.export.ort_format import replace_by_ort
 from mmmamba_edge.export.source import (
     attending,
+    codes_setting,
     context_limit,
     copy_tokenizer,
     exportable,
@@ -24,10 +25,9 @@ from mmmamba_edge.export.source import (
 )
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.vision_graph import write_embed, write_vision
-from mmmamba_edge.export.weights import Weights
+from mmmamba_edge.export.weights import Weights, open_weights
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.checkpoints import Checkpoint
-from mmmamba_edge.quant.schemes import Scheme, scheme
 from mmmamba_edge.status import Report, silent
 
 DIALECTS: dict[str, type[Ops]] = {"com.microsoft": FusedOps, "standard": StandardOps}
@@ -68,16 +68,15 @@ def export_onnx(
         CheckFailed: the bundle's answers are not the checkpoint's.
     """
     say = report or silent
-    stored = scheme(quant, group_size)
     if ops not in DIALECTS:
         raise UserError(f"ops {ops!r}: known are {', '.join(DIALECTS)}")
     source = exportable(checkpoint)
+    weights = open_weights(source, quant, group_size)
     config = source.config
     context = context_limit(config, max_context)
     kept = cache_dtype(config, cache)
 
     with new_bundle(out) as folder:
-        weights = Weights(source, stored)
         graphs = _write_graphs(folder, DIALECTS[ops], weights, context, kept, say)
         tokenizer = copy_tokenizer(source, folder)
         say("hashing weights")
@@ -85,14 +84,14 @@ def export_onnx(
             producer=f"mmmamba-edge {mmmamba_edge.__version__}",
             model_id=source.weights_id(),
             model=config,
-            quant=quant,
+            quant=weights.quant,
             ops=ops,
             opset=DIALECTS[ops].opset,
             graphs=graphs,
             state=state_layout(config, context, kept),
             max_context=context,
             tokenizer=tuple(tokenizer),
-            settings=_settings(config, stored, DIALECTS[ops]),
+            settings=_settings(weights, DIALECTS[ops]),
         )
         manifest = write_manifest(folder, manifest)
         say("verifying against PyTorch")
@@ -131,8 +130,6 @@ def _write_graphs(
     return graphs
 
 
-def _settings(config: Config, stored: Scheme, dialect: type[Ops]) -> dict[str, Any]:
-    settings = dict(dialect.settings) if stored.bits else {}
-    if stored.bits == 4:
-        settings["group_size"] = stored.group
-    return settings | rope_setting(config)
+def _settings(weights: Weights, dialect: type[Ops]) -> dict[str, Any]:
+    settings = dict(dialect.settings) if weights.scheme.bits else {}
+    return settings | codes_setting(weights) | rope_setting(weights.config)

@@ -11,7 +11,16 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import Checkpoint
 from mmmamba_edge.model.tensor_names import layer_prefix
 from mmmamba_edge.quant.codes import Codes, stacked
-from mmmamba_edge.quant.schemes import EMBEDDING, HEAD, PROJECTOR, SCHEMES, Scheme, kept_because
+from mmmamba_edge.quant.schemes import (
+    EMBEDDING,
+    HEAD,
+    PROJECTOR,
+    SCHEMES,
+    Scheme,
+    kept_because,
+    scheme,
+)
+from mmmamba_edge.quant.stored import Facts, QuantizedCheckpoint, codes_digest
 
 __all__ = ["EMBEDDING", "HEAD", "PROJECTOR", "STEM", "Matrix", "Weights"]
 
@@ -23,13 +32,29 @@ Matrix = NDArray[np.float32] | NDArray[np.float16] | Codes
 
 
 class Weights:
-    """The tensors of a checkpoint under an export scheme. Names are training names."""
+    """The tensors of a checkpoint under an export scheme. Names are training names.
+
+    A quantised checkpoint's codes are taken as they are; of any other, codes are made by rounding
+    to nearest.
+    """
 
     def __init__(self, checkpoint: Checkpoint, scheme: Scheme):
         self.config: Config = checkpoint.config
         self.scheme = scheme
         self.quant = scheme.name
         self._checkpoint = checkpoint
+        self._digests: dict[str, str] = {}
+
+    @property
+    def quantized(self) -> Facts | None:
+        """Of a checkpoint that holds codes already: what they are."""
+        of = self._checkpoint
+        return of.facts if isinstance(of, QuantizedCheckpoint) else None
+
+    @property
+    def codes_sha256(self) -> str:
+        """Over all codes that were asked for: two bundles of the same codes say the same."""
+        return codes_digest(self._digests)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A tensor in float32."""
@@ -53,11 +78,19 @@ class Weights:
 
     def codes(self, name: str) -> Codes:
         """One matrix in codes."""
-        return stacked(list(self._code_blocks(name)))
+        of = self._checkpoint
+        if isinstance(of, QuantizedCheckpoint) and name in of.facts.matrices:
+            codes = of.codes(name)
+        else:
+            codes = stacked(list(self._code_blocks(name)))
+        self._digests[name] = codes.digest()
+        return codes
 
     def seen(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """The numbers that the bundle has for a tensor (or for some of its rows), in float32."""
         weight = self._rows(name, rows) if rows else self.tensor(name)
+        if self.quantized:  # its tensors are what its codes stand for
+            return weight
         if weight.ndim != 2 or kept_because(name):
             return weight
         if self.quant == "fp16":
@@ -84,3 +117,21 @@ class Weights:
 
     def _rows(self, name: str, rows: slice) -> NDArray[np.float32]:
         return self._checkpoint.rows(name, rows).to(torch.float32).contiguous().numpy()
+
+
+def open_weights(checkpoint: Checkpoint, quant: str, group_size: int | None) -> Weights:
+    """The checkpoint under a scheme; a quantised one is under its own.
+
+    Raises:
+        UserError: no such scheme, or another one asked of a quantised checkpoint.
+    """
+    if not isinstance(checkpoint, QuantizedCheckpoint):
+        return Weights(checkpoint, scheme(quant, group_size))
+    facts = checkpoint.facts
+    if group_size is not None or quant not in ("none", facts.scheme):
+        raise UserError(
+            f"{checkpoint.folder}: its weights are codes already ({facts.scheme}); leave --quant "
+            "and --group-size out, or export the checkpoint that it was made of"
+        )
+    four = [coding.group for coding in facts.matrices.values() if coding.bits == 4]
+    return Weights(checkpoint, Scheme("int4", 4, max(four)) if four else SCHEMES["int8"])

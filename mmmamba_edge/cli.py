@@ -25,6 +25,10 @@ PROGRAM = "mmmamba-edge"
 # verb: (module, what it does)
 VERBS = {
     "chat": ("mmmamba_edge.chat", "show a model pictures and talk about them"),
+    "quantize": (
+        "mmmamba_edge.quant.quantize_command",
+        "make codes and scales for a checkpoint, with calibration",
+    ),
     "export": ("mmmamba_edge.export.command", "make a verified bundle of a checkpoint"),
     "bench": ("mmmamba_edge.bench", "measure time and memory on this machine"),
     "eval": ("mmmamba_edge.evaluation.command", "score a model on benchmarks and scenes"),

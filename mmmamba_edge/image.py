@@ -103,7 +103,7 @@ def image_size(path: Path) -> tuple[int, int]:
         UserError: not a picture, or too large to decode; FileNotFoundError where there is none.
     """
     with path.open("rb") as file, _pillow_contained(str(path), "not a picture that can be read"):
-        image = Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        image = Image.open(file, formats=_formats())
         width, height = image.size
         if width * height > REFUSE_PIXELS:
             raise _too_large(image, str(path))
@@ -186,13 +186,18 @@ def normalise(tiles: Sequence[Image.Image]) -> NDArray[np.float32]:
 def _read(file, name: str, size: int) -> Image.Image:
     if size == 0:
         raise UserError(f"{name}: the file is empty (0 bytes); expected a picture")
-    Image.init()
-    known = [kind for kind in FORMATS if kind in Image.OPEN]
+    known = _formats()
     what = f"not a picture that can be read; convert it to one of {', '.join(known)}"
     with _pillow_contained(name, what):
         image = Image.open(file, formats=known)
     with _pillow_contained(name, "the picture is truncated or damaged; copy or save it again"):
         return _decode(image, name)
+
+
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()  # before it, Pillow knows none
+    return [kind for kind in FORMATS if kind in Image.OPEN]
 
 
 _pillow_lock = threading.Lock()

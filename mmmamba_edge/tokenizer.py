@@ -97,6 +97,11 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self._id_of = {added.name: token_id for token_id, added in added_tokens.items()}
 
+    @property
+    def unknown_id(self) -> int | None:
+        """What stands for text that the vocabulary cannot say; None where it can say all."""
+        return self._vocabulary.unknown_id
+
     def has_token(self, token: str) -> bool:
         """Whether there is an added token of that name."""
         return token in self._id_of

@@ -27,6 +27,8 @@ def new_file(path: str | Path, mode: int = 0o644) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     part = None
+    if target.exists() and not target.is_file():  # a device would be replaced, a folder cannot be
+        raise UserError(f"{path}: exists and is not a file; choose another name")
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".mmmamba-", suffix=".tmp")
         os.close(handle)
@@ -82,6 +84,12 @@ def new_folder(
         shutil.rmtree(part, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def refuse_taken(path: str | Path) -> None:
+    """UserError where `new_folder` would refuse: said before long work, not after it."""
+    if reason := _in_the_way(Path(os.path.abspath(path)), lambda _: "exists already"):
+        raise UserError(f"{path}: {reason}; choose another folder or remove it")
 
 
 _PART = ".part"  # how temporary folders end

@@ -395,3 +395,16 @@ def test_no_torch_is_imported():
     modules = "mmmamba_edge.image, mmmamba_edge.prompt, mmmamba_edge.tokenizer"
     check = f"import sys; sys.modules['torch'] = None; import {modules}"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_size_is_told_before_any_picture_was_opened(tmp_path):
+    """Pillow knows its formats only once it was asked to look for them."""
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    program = (
+        "import sys, pathlib; from mmmamba_edge.image import image_size; "
+        "print(image_size(pathlib.Path(sys.argv[1])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.png")], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "(30, 20)", done.stderr

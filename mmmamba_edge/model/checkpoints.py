@@ -36,6 +36,7 @@ from mmmamba_edge.whole import new_folder
 Layout = Literal["training", "released"]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZED = "quantization.json"  # in a quantised checkpoint (quant/stored.py)
 SHARD_BYTES = 4 << 30
 MAPPED_BYTES = 512 << 20  # read through open files before they are closed: pages read stay mapped
 
@@ -115,6 +116,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         UserError: unreadable files, or a report of all missing, extra and mis-shaped tensors.
     """
     folder = Path(folder)
+    if (folder / QUANTIZED).is_file():
+        from mmmamba_edge.quant.stored import open_quantized  # it is a kind of checkpoint itself
+
+        return open_quantized(folder)
     config = load_config(folder)
     files = _find_files(folder)
     layout: Layout = "released" if any(name.endswith(FUSED) for name in files) else "training"
@@ -149,10 +154,15 @@ def load_model(
     for name in model.state_dict():
         # clone: a memory-mapped tensor would keep the file open and fault on use
         tensor = source.get(name).to(device=device, dtype=dtype)
-        parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
-        module._parameters[leaf] = torch.nn.Parameter(tensor.clone(), requires_grad=True)
+        assign(model, name, tensor.clone())
     return model.eval()
+
+
+def assign(module: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor the module's parameter `name`, whose shape a fold may have changed."""
+    parent, _, leaf = name.rpartition(".")
+    # Not load_state_dict: a quantised checkpoint may give each head a g_norm of its own.
+    module.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(tensor)
 
 
 def save_checkpoint(

@@ -1,0 +1,106 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded one after the other, and what each
+loses is made up for by those that are not rounded yet, as far as the inputs allow it.
+
+Scales are of codes.py's kind: symmetric, positive, exact in bfloat16. Groups stay runs of
+neighbouring columns whatever the order of rounding, so that no runtime needs a permutation.
+"""
+
+import torch
+from torch import Tensor
+
+from mmmamba_edge.quant.codes import Codes
+from mmmamba_edge.quant.rounding import grouped, rounded, search_scale, to_codes
+
+BLOCK = 128  # columns whose errors are gathered before they reach the columns behind
+DAMPING = 0.01  # of the mean diagonal, added to it: the inverse of a flat direction means nothing
+
+
+class Hessian:
+    """Sum over inputs x of weight * x x^T: what the squared error of a product depends on.
+
+    Args:
+        columns: width of x.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.sum = torch.zeros(columns, columns)
+        self.mass = 0.0
+
+    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Inputs (tokens, columns), each counted `weight` (tokens,) times."""
+        scaled = x if weight is None else x * weight[:, None]
+        self.sum.addmm_(x.T, scaled)
+        self.mass += len(x) if weight is None else float(weight.sum())
+
+    @property
+    def mean(self) -> Tensor:
+        """(columns, columns), of one input."""
+        return self.sum / max(self.mass, 1e-12)
+
+
+def quantize_gptq(
+    weight: Tensor, hessian: Tensor, bits: int, group: int | None = None, *, by_size: bool = True
+) -> Codes:
+    """Codes of a matrix whose products with typical inputs are as near as can be.
+
+    Args:
+        weight: (rows, columns) float32.
+        hessian: (columns, columns), mean of x x^T.
+        bits: 8 or 4.
+        group: columns that share a scale; None: one scale a row.
+        by_size: round the columns with the largest inputs first ("act-order").
+
+    Raises:
+        ValueError: weights or inputs that are not finite.
+    """
+    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
+        raise ValueError("weights or their calibration inputs hold NaN or infinity")
+    rows, columns = weight.shape
+    group = group or columns
+    size = hessian.diagonal().clone()
+    scale = search_scale(weight, group, bits, size)
+    order = size.argsort(descending=True) if by_size else torch.arange(columns)
+    work = weight[:, order].clone()
+    spread = scale.repeat_interleave(group, dim=1)[:, order]  # (rows, columns)
+    inverse = _upper_of_inverse(hessian[order][:, order])
+    codes = torch.empty_like(work)
+    for start in range(0, columns, BLOCK):
+        part = slice(start, min(start + BLOCK, columns))
+        block, own = work[:, part], inverse[part, part]
+        errors = torch.empty_like(block)
+        for i in range(block.shape[1]):
+            column, step = block[:, i], spread[:, start + i]
+            code = rounded(column, step, bits)
+            codes[:, start + i] = code
+            error = (column - code * step) / own[i, i]
+            errors[:, i] = error
+            block[:, i + 1 :].addr_(error, own[i, i + 1 :], alpha=-1)
+        work[:, part.stop :].addmm_(errors, inverse[part, part.stop :], alpha=-1)
+    return to_codes(codes[:, order.argsort()], scale, bits)
+
+
+def _upper_of_inverse(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse; damped more until there is one."""
+    mean = float(hessian.diagonal().mean()) or 1.0
+    damping, eye = DAMPING, torch.eye(len(hessian))
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
+        damping *= 10
+
+
+def product_error(weight: Tensor, codes: Codes, hessian: Tensor) -> float:
+    """Mean over inputs of |W x - Q x|^2 / |W x|^2, from the Hessian alone."""
+    lost = weight - torch.from_numpy(codes.dequantized())
+    return _power(lost, hessian) / max(_power(weight, hessian), 1e-30)
+
+
+def _power(matrix: Tensor, hessian: Tensor) -> float:
+    return float((matrix @ hessian).mul_(matrix).sum())
+
+
+__all__ = ["Hessian", "grouped", "product_error", "quantize_gptq"]
