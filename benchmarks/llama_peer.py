@@ -10,7 +10,8 @@ in Q6_K as llama.cpp's own Q4_0 files; `mamba2` is a plain Mamba-2 of about as m
 answers JSON lines: {"do": "prefill", "tokens": 512}, {"do": "decode", "tokens": 32}, "reset",
 "save", "restore", "rss", and {"do": "fill", "tokens": 32768}: a cache of so many tokens without
 reading them, the first 512 tokens' keys and values again and again. How long a token takes depends
-on how many there are, not on what they say.
+on how many there are, not on what they say. {"do": "logits", "ids": [...], "to": FILE.npy} writes
+the logits of every position. `quantize PLAIN.gguf OUT.gguf --type Q4_K_M` is llama.cpp's own.
 """
 
 import argparse
@@ -164,6 +165,24 @@ class Model:
             raise SystemExit(f"fill: no room for {count} tokens")
         self.kept = count
 
+    def logits(self, ids: list[int], path: str) -> None:
+        """Logits of all positions of a sequence that begins anew, (tokens, vocabulary)."""
+        c = self.c
+        c.llama_memory_clear(self.memory, True)
+        vocab, out = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model)), []
+        batch = c.llama_batch_init(512, 0, 1)
+        for start in range(0, len(ids), 512):
+            part = ids[start : start + 512]
+            batch.n_tokens = len(part)
+            for i, token in enumerate(part):
+                batch.token[i], batch.pos[i], batch.logits[i] = token, start + i, 1
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            assert c.llama_decode(self.context, batch) == 0
+            found = c.llama_get_logits(self.context)
+            out.append(np.ctypeslib.as_array(found, (len(part), vocab)).copy())
+        c.llama_batch_free(batch)
+        np.save(path, np.concatenate(out))
+
     def answer(self, asked: dict) -> dict:
         """Carry out a request."""
         did, tokens = asked["do"], asked.get("tokens", 0)
@@ -177,6 +196,8 @@ class Model:
                 self.read(1)
                 spent.append(time.perf_counter() - tick)
             return {"each": spent}
+        elif did == "logits":
+            self.logits(asked["ids"], asked["to"])
         elif did == "fill":
             self.fill(tokens)
         elif did == "reset":
@@ -195,14 +216,37 @@ class Model:
         return {"seconds": time.perf_counter() - began}
 
 
+def quantize(source: str, target: str, kind: str) -> dict:
+    """llama.cpp's quantiser; bytes, weights and kinds of the layers' matrices."""
+    import gguf
+    import llama_cpp as c  # pyright: ignore[reportMissingImports]
+
+    c.llama_backend_init()
+    log = c.llama_log_callback(lambda level, text, data: None)
+    c.llama_log_set(log, None)
+    params = c.llama_model_quantize_default_params()
+    params.ftype = getattr(c, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if c.llama_model_quantize(source.encode(), target.encode(), params):
+        raise SystemExit(f"{source}: llama.cpp cannot quantise it to {kind}")
+    made: dict = {"bytes": 0, "weights": 0, "kinds": {}}
+    for tensor in gguf.GGUFReader(target).tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            made["bytes"] += int(tensor.n_bytes)
+            made["weights"] += int(tensor.n_elements)
+            name = tensor.tensor_type.name
+            made["kinds"][name] = made["kinds"].get(name, 0) + 1
+    return made
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("verb", choices=("write", "serve"))
-    parser.add_argument("what", help="write: transformer or mamba2; serve: the file")
+    parser.add_argument("verb", choices=("write", "serve", "quantize"))
+    parser.add_argument("what", help="write: transformer or mamba2; else the file")
     parser.add_argument("path", nargs="?", type=Path)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--type", default="Q4_0", help="quantize: Q4_0, Q4_K_M, Q8_0, ...")
     parser.add_argument(
         "--flash-attention", default="auto", choices=("auto", "off", "on"), help="of llama.cpp"
     )
@@ -211,6 +255,9 @@ def main() -> int:
         if args.what not in ("transformer", "mamba2") or args.path is None:
             parser.error("write transformer|mamba2 FILE")
         write(args.what, args.path)
+        return 0
+    if args.verb == "quantize":
+        print(json.dumps(quantize(args.what, str(args.path), args.type)))
         return 0
     model = Model(Path(args.what), args.context, args.threads, FLASH[args.flash_attention])
     print(json.dumps({"ready": True}), flush=True)

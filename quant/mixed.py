@@ -21,7 +21,7 @@ from mmmamba_edge.quant.gptq import Hessian, quantize_gptq
 from mmmamba_edge.quant.plan import Plan
 from mmmamba_edge.status import Report, silent
 
-TOKENS = 2048  # read for each unit; a unit's KL is a mean over them
+TOKENS = 1024  # read for each unit; a unit's KL is a mean over them
 
 
 @dataclass(frozen=True)
