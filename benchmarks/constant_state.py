@@ -52,7 +52,7 @@ def main() -> int:
         # Less what only this comparison keeps.
         rss = resident_bytes() - sum(other.nbytes for other in kept)
         rows.append({"context": context, "state_bytes": state.nbytes, "rss_bytes": rss})
-    print(file=sys.stderr)
+    say.close()
     medians: list[list[float]] = [[] for _ in rows]
     for _ in range(args.turns):
         for times, put_by in zip(medians, kept, strict=True):

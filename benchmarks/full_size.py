@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from mmmamba_edge.distill.seed import A_LOG, DT_RANGE
 from mmmamba_edge.distill.student import attention_layers
 from mmmamba_edge.model.checkpoints import save_checkpoint
 from mmmamba_edge.model.tensor_names import DEAD, training_shapes
+from mmmamba_edge.status import StatusLine
 
 
 def full_config(attention: str = "none", layers: tuple[int, int] = (8, 24)) -> Config:
@@ -43,23 +43,19 @@ def full_config(attention: str = "none", layers: tuple[int, int] = (8, 24)) -> C
 def write_full_size(out: Path, config: Config, seed: int = 0) -> None:
     """Write the checkpoint, a shard in memory at a time."""
     shapes = training_shapes(config)
-    done, total, began = 0, sum(map(math.prod, shapes.values())), time.perf_counter()
+    done, total, say = 0, sum(map(math.prod, shapes.values())), StatusLine()
     numbers = {name: i for i, name in enumerate(shapes)}
 
     def get(name: str) -> Tensor:
         nonlocal done
         random = torch.Generator().manual_seed(seed * 100_003 + numbers[name])
         done += math.prod(shapes[name])
-        spent = time.perf_counter() - began
-        print(
-            f"\r{done / 1e9:.2f} of {total / 1e9:.2f} B parameters, {spent:.0f} s ",
-            end="", file=sys.stderr, flush=True,
-        )  # fmt: skip
+        say("million parameters", done // 10**6, total // 10**6)
         return _tensor(name, shapes[name], len(config.layer_types), random).bfloat16()
 
     layout = "training" if config.variant == "teacher" else "released"
     save_checkpoint(out, config, get, layout=layout, shard_bytes=1 << 30)
-    print(file=sys.stderr)
+    say.close()
 
 
 def _tensor(name: str, shape: tuple[int, ...], layers: int, random: torch.Generator) -> Tensor:
