@@ -5,8 +5,8 @@
 
 CHECKPOINT is an all-attention model of Llama's kind. `--ours` are its quantised checkpoints, read
 in PyTorch with the numbers that their codes stand for: weights alone. `--bundle` are exported files
-on their own runtime, 8-bit activations included. llama.cpp quantises the same weights (llama_peer.py
-says how its environment is made). The text is the half of Python's help that no calibration reads.
+on their own runtime, 8-bit activations included. llama.cpp quantises the same weights (how its
+environment is made: llama_peer.py). The text is the half of Python's help that no calibration reads.
 Bytes are of the decoder's matrices: embedding and head are 8 bits or more on all sides.
 """
 
