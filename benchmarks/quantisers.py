@@ -5,9 +5,9 @@
 
 CHECKPOINT is an all-attention model of Llama's kind. `--ours` are its quantised checkpoints, read
 in PyTorch with the numbers that their codes stand for: weights alone. `--bundle` are exported files
-on their own runtime, 8-bit activations included. llama.cpp quantises the same weights (how its
-environment is made: llama_peer.py). The text is the half of Python's help that no calibration reads.
-Bytes are of the decoder's matrices: embedding and head are 8 bits or more on all sides.
+on their own runtime, 8-bit activations included. llama.cpp quantises the same weights, in an
+environment that llama_peer.py describes. The text is the half of Python's help that no calibration
+reads. Bytes are of the decoder's matrices: embedding and head are 8 bits or more on all sides.
 """
 
 import argparse
