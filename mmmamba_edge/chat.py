@@ -13,6 +13,7 @@ from mmmamba_edge.bundle import DEFAULT_BUNDLE
 from mmmamba_edge.dialogue import Dialogue
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.prefix import PrefixCache
+from mmmamba_edge.reduced_state import PRECISIONS
 from mmmamba_edge.runtimes.base import Runner
 from mmmamba_edge.session import MAX_NEW_TOKENS, Session
 from mmmamba_edge.state import check_writable
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
     add("--session", type=Path, metavar="FILE",
         help="go on from this file if it is there, and keep the conversation in it")
+    add("--session-state", default="float32", choices=PRECISIONS,
+        help="how session files keep the state: float32 (default), exact; int16 or float16, half "
+        "the size")
     add("--allow-other-quant", action="store_true",
         help="go on although the session was held with another quantisation of the model")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N",

@@ -143,7 +143,7 @@ class Dialogue:
 
     def _keep(self) -> None:
         if self.args.session is not None:
-            self.session.save(self.args.session)
+            self.session.save(self.args.session, self.args.session_state)
 
     def _after(self, answer: Answer) -> str:
         hint = {
@@ -194,7 +194,7 @@ class Dialogue:
 
     def _save(self, words: list[str]) -> None:
         path = _one_file("/save", words)
-        self.session.save(path)
+        self.session.save(path, self.args.session_state)
         terminal.say(f"kept in {path}")
 
     def _load(self, words: list[str]) -> None:

@@ -183,13 +183,17 @@ class Session:
 
     # --- files -----------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, precision: str = "float32") -> None:
         """Write the conversation to a file (safetensors, mode 0600), whole or not at all.
 
         In the midst of an answer too: `Session.load(...).resume()` goes on with the same tokens.
 
+        Args:
+            path: the file.
+            precision: of the state in it: "float32", exact; "int16" or "float16", half the size.
+
         Raises:
-            UserError: the file cannot be written.
+            UserError: the file cannot be written, or the state is beyond the precision.
         """
         answer = self._answer
         extra: Tensors = {}
@@ -206,7 +210,7 @@ class Session:
             answer=None if answer is None else answer.to_dict(),
         )
         state = self.runner.new_state() if answer is None else answer.position.state
-        save_session(path, record, state, extra)
+        save_session(path, record, state, extra, precision)
 
     @classmethod
     def load(

@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.reduced_state import reduce_state, restore_state
 from mmmamba_edge.runtimes.base import Runner, State
 from mmmamba_edge.whole import new_file
 
 SESSION = "mmmamba-edge session"  # the kind of file
 VERSION = 1  # of its format; a newer one is refused
+REDUCED = 2  # the format of a file whose state is not float32
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -44,24 +46,27 @@ class Record:
 
 
 def save_session(
-    path: str | Path, record: Record, state: State, extra: Mapping[str, NDArray[Any]]
-) -> None:
+    path: str | Path, record: Record, state: State, extra: Mapping[str, NDArray[Any]],
+    precision: str = "float32",
+) -> None:  # fmt: skip
     """Write a session file whole or not at all.
 
     Args:
         path: the file; its folder must exist. An existing file is replaced.
         record: the model's identity and where the conversation stands.
-        state: the state, written as float32.
+        state: the state.
         extra: further small arrays, kept under their names.
+        precision: what the state is written as (reduced_state.py).
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or the state is beyond the precision.
     """
-    tensors: Tensors = {f"state.{name}": array for name, array in state.arrays().items()}
+    kept = reduce_state(state.arrays(), precision)
+    tensors: Tensors = {f"state.{name}": array for name, array in kept.items()}
     tensors.update(extra)
-    write_tensors(
-        path, SESSION, tensors, {"record": json.dumps(asdict(record), ensure_ascii=False)}
-    )
+    about = {"record": json.dumps(asdict(record), ensure_ascii=False)}
+    version = VERSION if precision == "float32" else REDUCED
+    write_tensors(path, SESSION, tensors, about, version)
 
 
 def load_session(
@@ -96,7 +101,7 @@ def load_session(
     arrays = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
     extra = {k: v for k, v in tensors.items() if not k.startswith("state.")}
     try:
-        state = runner.load_state(arrays, record.tokens)
+        state = runner.load_state(restore_state(arrays), record.tokens)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return record, state, extra
@@ -106,8 +111,9 @@ def load_session(
 
 
 def write_tensors(
-    path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
-) -> None:
+    path: str | Path, kind: str, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str],
+    version: int = VERSION,
+) -> None:  # fmt: skip
     """Write a safetensors file of mode 0600 under a temporary name, then rename it.
 
     The arrays go to disk one by one, without the second copy that serialising in memory makes.
@@ -116,7 +122,7 @@ def write_tensors(
         UserError: the file cannot be written; nothing is left behind.
     """
     arrays = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
-    metadata = {**metadata, "kind": kind, "version": str(VERSION)}
+    metadata = {**metadata, "kind": kind, "version": str(version)}
     header = _header(arrays, {**metadata, "sha256": _digest(arrays, metadata)})
     with new_file(path, 0o600) as part, part.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -148,10 +154,10 @@ def read_tensors(path: str | Path, kind: str) -> tuple[Tensors, dict[str, str]]:
                 raise UserError(
                     f"{path}: not a file of kind {kind!r} (its metadata lacks the name)"
                 )
-            if metadata.get("version") != str(VERSION):
+            if metadata.get("version") not in (str(VERSION), str(REDUCED)):
                 raise UserError(
-                    f"{path}: {kind} format {metadata.get('version')}; this release reads format "
-                    f"{VERSION}: open it with the release that wrote it"
+                    f"{path}: {kind} format {metadata.get('version')}; this release reads formats "
+                    f"{VERSION} and {REDUCED}: open it with the release that wrote it"
                 )
             tensors: Tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except FileNotFoundError as error:
@@ -178,7 +184,12 @@ def _header(arrays: Tensors, metadata: Mapping[str, str]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-_DTYPES = {"<f4": "F32", "|u1": "U8"}  # little-endian throughout, as safetensors is
+_DTYPES = {
+    "<f4": "F32",
+    "|u1": "U8",
+    "<i2": "I16",
+    "<f2": "F16",
+}  # little-endian throughout, as safetensors is
 
 
 def _digest(arrays: Tensors, metadata: Mapping[str, str]) -> str:
