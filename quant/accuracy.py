@@ -265,9 +265,7 @@ class Draws:
             place = np.searchsorted(below, shares * below[-1])
             drawn[row] = ranked[np.minimum(place, len(ranked) - 1)]
         whole = np.quantile(ranked, shares, method="inverted_cdf")
-        return {
-            name: _estimate(float(whole[i]), drawn[:, i]) for i, name in enumerate(asked)
-        }
+        return {name: _estimate(float(whole[i]), drawn[:, i]) for i, name in enumerate(asked)}
 
 
 def _estimate(value: float, drawn: Wide) -> Estimate:

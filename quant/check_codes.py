@@ -10,8 +10,8 @@ import numpy as np
 from mmmamba_edge.config import Config
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.tensor_names import layer_prefix
-from mmmamba_edge.quant.check_tensors import Matrix, held_matrix
 from mmmamba_edge.quant.codes import Codes, pack_blocks
+from mmmamba_edge.quant.held_matrices import Matrix, held_matrix
 from mmmamba_edge.quant.initializers import Initializers
 
 SEARCHED = 64 << 20  # bytes of a .pte in which every matrix is looked for; of a larger one, some
@@ -49,9 +49,7 @@ def _nothing(why: str) -> dict[str, Any]:
     return {"equal": 0, "different": [], "note": f"not compared: {why}"}
 
 
-def _two_graphs(
-    folder: Path, manifest: Manifest, other: Path, theirs: Manifest
-) -> dict[str, Any]:
+def _two_graphs(folder: Path, manifest: Manifest, other: Path, theirs: Manifest) -> dict[str, Any]:
     a = Initializers(folder / manifest.graphs["decoder"])
     b = Initializers(other / theirs.graphs["decoder"])
     equal, different = 0, []
@@ -60,8 +58,7 @@ def _two_graphs(
         if ours is None or other_one is None:
             continue
         same = (ours.bits, ours.group) == (other_one.bits, other_one.group) and all(
-            _alike(x, y)
-            for (_, x), (_, y) in zip(ours.blocks(), other_one.blocks(), strict=True)
+            _alike(x, y) for (_, x), (_, y) in zip(ours.blocks(), other_one.blocks(), strict=True)
         )
         equal += same
         different += [] if same else [name]

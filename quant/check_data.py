@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +190,7 @@ class _Reader:
             return f"this model's tokenizer spells it out ({len(text) / len(ids):.1f} characters)"
         return ""
 
-    def rows(
-        self, rows: Iterable[Row], tokens: int, max_tiles: int = MAX_TILES
-    ) -> Iterator[Item]:
+    def rows(self, rows: Iterable[Row], tokens: int, max_tiles: int = MAX_TILES) -> Iterator[Item]:
         """Conversations, until there are `tokens` positions beside those of pictures."""
         found = 0
         for row in rows:
@@ -270,7 +267,9 @@ def _scenes(reader: _Reader, tokens: int, scratch: Path, folder: Path) -> int:
                 yield Row(Path("scene"), number, turns, (file,), None)
 
     items = list(reader.rows(rows(), tokens))
-    reader.data.add({"name": "scenes, test split", "sha256": file_sha256(folder / "art.json")}, items)
+    reader.data.add(
+        {"name": "scenes, test split", "sha256": file_sha256(folder / "art.json")}, items
+    )
     return _spoken(reader, items)
 
 
@@ -349,11 +348,3 @@ def _random(config: Config, tokens: int, limit: int) -> Iterator[Item]:
 def _noise(config: Config, seed: int) -> Floats:
     shape = (1, 3, config.image_size, config.image_size)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def first(items: Iterable[Item], count: int) -> list[Item]:
-    """Some items, those with pictures and those without in turn, as they come."""
-    with_pictures = [item for item in items if item.pixels]
-    without = [item for item in items if not item.pixels]
-    mixed = [item for pair in zip(with_pictures, without, strict=False) for item in pair]
-    return list(islice([*mixed, *with_pictures[len(mixed) // 2 :], *without[len(mixed) // 2 :]], count))

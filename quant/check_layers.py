@@ -227,9 +227,7 @@ def _streams(
     if any(is_cache(tensor.name) for tensor in manifest.state):
         feed["past_length"] = np.zeros(1, np.int64)
     outside = [name for name in names if name not in feed]
-    found = dict(zip(outside, session.run(outside, feed), strict=True)) | {
-        "inputs_embeds": vectors
-    }
+    found = dict(zip(outside, session.run(outside, feed), strict=True)) | {"inputs_embeds": vectors}
     return [cast(Floats, found[name])[0] for name in names]
 
 

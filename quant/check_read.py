@@ -68,9 +68,7 @@ def read(
             positions, said = np.arange(part.start, part.stop), logits[:size]
             out.scores.add(number, positions, kinds[part], said, want[:size], following[part])
             if out.cross is not None and second is not None:
-                out.cross.add(
-                    number, positions, kinds[part], said, second[:size], following[part]
-                )
+                out.cross.add(number, positions, kinds[part], said, second[:size], following[part])
             wanted = following[part]
             agrees.append(
                 np.stack([said.argmax(1) == wanted, want[:size].argmax(1) == wanted], axis=1)

@@ -51,8 +51,10 @@ class Reference:
                 edge = index == len(config.embedding.layer_types)
                 normalise = edge and config.normalize_encoder_output
                 for x in hidden:
-                    run_layer(layer, nn.functional.normalize(x, dim=-1, eps=0.0, out=x)
-                              if normalise else x)
+                    run_layer(
+                        layer,
+                        nn.functional.normalize(x, dim=-1, eps=0.0, out=x) if normalise else x,
+                    )
                 if watch:
                     watch(index, layer, normalise)
             say("PyTorch reads, layer", total, total)

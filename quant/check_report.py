@@ -6,7 +6,7 @@ from typing import Any
 
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.quant.check_page import page
-from mmmamba_edge.quant.check_run import shown
+from mmmamba_edge.quant.check_verdict import shown
 from mmmamba_edge.whole import new_folder
 
 FILES = frozenset(("report.json", "report.html"))
@@ -57,11 +57,13 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", *_drift(report["state"]["drift"])]
     cost = report.get("cost")
     if cost:
+        rate = "{:,.0f}".format
         lines += [
             "",
-            f"size {cost['bundle_bytes'] / MIB:,.1f} MiB, {cost['peak_rss_bytes'] / MIB:,.0f} MiB of "
-            f"memory at most, prefill {cost['prefill_tokens_per_s']:,.0f} and decoding "
-            f"{cost['decode_tokens_per_s']:,.0f} tokens/s on {cost['threads']} threads",
+            f"size {cost['bundle_bytes'] / MIB:,.1f} MiB, memory at most "
+            f"{cost['peak_rss_bytes'] / MIB:,.0f} MiB; {cost['threads']} threads: prefill "
+            f"{rate(cost['prefill_tokens_per_s'])}, decoding {rate(cost['decode_tokens_per_s'])} "
+            "tokens/s",
         ]
     lines += ["", report["verdict"].upper(), *(f"  {line}" for line in report["failures"])]
     return "\n".join(lines)
@@ -84,7 +86,9 @@ def _judged(report: dict[str, Any]) -> list[str]:
 
 
 def _kinds(report: dict[str, Any]) -> list[str]:
-    rows = [("", "positions", "mean KLD", "median", "99 %", "99.9 %", "top-1", "top-5", "perplexity")]
+    rows = [
+        ("", "positions", "mean KLD", "median", "99 %", "99.9 %", "top-1", "top-5", "perplexity")
+    ]
     for name, found in report["by_kind"].items():
         keys = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1", "top5", "ppl_ratio")
         told = [shown(k, found[k]["value"]) if k in found else "-" for k in keys]

@@ -5,12 +5,8 @@ check_page.py show it.
 """
 
 import math
-import multiprocessing
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 
 import mmmamba_edge
-from mmmamba_edge import bench
 from mmmamba_edge.bundle import MANIFEST, file_sha256
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.verify import exact_twin
@@ -26,23 +21,18 @@ from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
 from mmmamba_edge.quant import accuracy, check_state
-from mmmamba_edge.quant.accuracy import ANSWER, KINDS, TEXT, Estimate, Scores, Table
+from mmmamba_edge.quant.accuracy import ANSWER, KINDS, TEXT, Scores, Table
 from mmmamba_edge.quant.check_codes import compare_codes
+from mmmamba_edge.quant.check_cost import cost
 from mmmamba_edge.quant.check_data import ART, Data, collect
-from mmmamba_edge.quant.check_layers import HalfLayer, Probe, probes
+from mmmamba_edge.quant.check_layers import Probe, probes
 from mmmamba_edge.quant.check_read import Artefact, Readings, facts, read
 from mmmamba_edge.quant.check_reference import Reference
-from mmmamba_edge.quant.check_tensors import Finding, check_tensors
+from mmmamba_edge.quant.check_tensors import check_tensors
+from mmmamba_edge.quant.check_verdict import judgements, told
 from mmmamba_edge.quant.schemes import SCHEMES
-from mmmamba_edge.quant.thresholds import (
-    ANSWERS,
-    DRIFT,
-    POSITIONS_999,
-    Line,
-    judge,
-    limits,
-    scheme_of,
-)
+from mmmamba_edge.quant.tensor_faults import Finding
+from mmmamba_edge.quant.thresholds import limits, scheme_of
 from mmmamba_edge.runtimes import open_bundle
 from mmmamba_edge.status import Report, silent
 
@@ -154,7 +144,7 @@ def check(
     out["verdict"] = "failed" if out["failures"] else "passed"
     if timed:
         say("measuring memory and speed")
-        out["cost"] = _cost(folder, runtime)
+        out["cost"] = cost(folder, runtime)
     return plain(out)
 
 
@@ -291,190 +281,6 @@ def _cross(
     }  # fmt: skip
 
 
-# --- judging --------------------------------------------------------------------------------------
-
-
-def judgements(
-    report: dict[str, Any], allowed: dict[str, float], manifest: Manifest | None, spoken: bool
-) -> list[Line]:
-    """Every line of the verdict, the figures first."""
-    figures = report["figures"]
-
-    def estimate(group: dict[str, Any], key: str) -> Estimate:
-        return Estimate(**group[key])
-
-    few = ""
-    if figures["positions"] < POSITIONS_999:
-        few = f"{figures['positions']:,} positions are too few for it ({POSITIONS_999:,})"
-    lines = [
-        judge("mean_kld", estimate(figures, "mean_kld"), allowed["mean_kld"]),
-        judge("p999_kld", estimate(figures, "p999_kld"), allowed["p999_kld"], few),
-        judge("top1", estimate(figures, "top1"), allowed["top1"]),
-    ]
-    if "ppl_ratio" in figures and spoken:
-        lines.append(judge("ppl_ratio", estimate(figures, "ppl_ratio"), allowed["ppl_ratio"]))
-    if figures["not_numbers"]:
-        why = f"{figures['not_numbers']:,} positions have logits that are not numbers"
-        lines.append(Line("not_numbers", "logits", "failed", why=why))
-    answers = report["answers"]
-    if answers:
-        few = ""
-        if answers["count"] < ANSWERS:
-            few = f"{answers['count']:,} answers are too few for it ({ANSWERS})"
-        lines.append(judge("flips", estimate(answers, "flips"), allowed["flips"], few))
-    lines += _weight_lines(report["weights"])
-    lines += _layer_lines(report["layers"], allowed)
-    lines += _state_lines(report["state"], allowed, manifest)
-    if "other" in report:
-        other = report["other"]
-        lines += [
-            judge("cross_kld", estimate(other, "mean_kld"), allowed["cross_kld"]),
-            judge("cross_top1", estimate(other, "top1"), allowed["cross_top1"]),
-        ]
-        for name in other["codes"]["different"]:
-            why = "its codes or scales are not the other bundle's"
-            lines.append(Line("codes", "one set of codes", "failed", why=why, place=name))
-    return lines
-
-
-def _weight_lines(weights: dict[str, Any]) -> list[Line]:
-    if not weights["compared"]:
-        return []
-    lines = [
-        Line("weights", "weights", "failed", value=f["sqnr_db"], why=f["fault"], place=f["name"])
-        for f in weights["faults"]
-    ]
-    what = f"{weights['compared']} tensors against the checkpoint"
-    return lines or [Line("weights", what, "passed")]
-
-
-def _layer_lines(layers: dict[str, Any], allowed: dict[str, float]) -> list[Line]:
-    lines = []
-    worst: list[Line] = []
-    halves = [HalfLayer(**half) for half in layers["halves"]]
-    for kind in ("mix", "feed_forward"):
-        same = [half for half in halves if half.half == kind]
-        if not same:
-            continue
-        middle = statistics.median(half.added_db for half in same)
-        for half in same:
-            place = f"layer {half.layer}, {half.half}"
-            found = (
-                judge("added_db", half.added_db, allowed["added_db"]),
-                judge(
-                    "added_below_median_db", max(0.0, middle - half.added_db),
-                    allowed["added_below_median_db"],
-                ),
-            )  # fmt: skip
-            lines += [_placed(line, place) for line in found if line.state == "failed"]
-            worst.append(_placed(found[0], place))
-    if halves and not lines:
-        lines.append(min(worst, key=lambda line: line.value or 0.0))
-    first = None
-    seen: list[float] = []
-    for name, db in layers["states_db"].items():
-        kind = name.rpartition(".")[2]
-        line = judge("state_db", db, allowed["state_db"])
-        before = [d for d in seen]
-        fell = (
-            len(before) >= 2
-            and statistics.median(before) - db > allowed["added_below_median_db"]
-            and db < EQUAL_DB
-        )
-        if line.state == "failed" or fell:
-            why = "" if line.state == "failed" else "far below the layers before it"
-            first = first or _failed(_placed(line, f"layer {name.partition('.')[0]}, {kind}"), why)
-        seen.append(db)
-    if first:
-        return [*lines, first]
-    if layers["states_db"]:
-        name, db = min(layers["states_db"].items(), key=lambda pair: pair[1])
-        layer, _, kind = name.partition(".")
-        lines.append(
-            _placed(judge("state_db", db, allowed["state_db"]), f"layer {layer}, {kind}")
-        )
-    return lines
-
-
-EQUAL_DB = 60.0  # what agrees so well is not judged by the layers before it
-
-
-def _placed(line: Line, place: str) -> Line:
-    return Line(**{**asdict(line), "place": place})
-
-
-def _failed(line: Line, why: str) -> Line:
-    return Line(**{**asdict(line), "state": "failed", "why": why or line.why})
-
-
-def _state_lines(
-    state: dict[str, Any], allowed: dict[str, float], manifest: Manifest | None
-) -> list[Line]:
-    said = {t.name: t.dtype for t in manifest.state} if manifest else {}
-    coarse = [
-        Line(
-            "precision", "state in float32", "failed", place=f"layer {name.partition('.')[0]}, ssm",
-            why=f"every number of it fits {found}: the state is rounded",
-        )
-        for name, found in state["precision"].items()
-        if name.endswith(".ssm") and found != "float32" and said.get(name, "float32") == "float32"
-    ]  # fmt: skip
-    split = state["split"]
-    lines = coarse or [Line("precision", "state in float32", "passed")]
-    lines.append(judge("split_db", split["logits_db"], allowed["split_db"]))
-    lines.append(
-        _placed(
-            judge("split_db", split["state_db"], allowed["split_db"]),
-            f"state {split['worst_state']}",
-        )
-    )
-    drift = state["drift"]
-    if drift:
-        kld, error = DRIFT.get(drift["format"], (None, None))
-        unjudged = "" if drift["exact"] else "8-bit activations hide what the format does"
-        if kld is None:
-            unjudged = f"a {drift['format']} state is not offered"
-        worst = drift["heads"][0]
-        found = Estimate(**drift["mean_kld"])
-        lines.append(judge("drift_kld", found, allowed.get("drift_kld", kld), unjudged))
-        line = judge(
-            "drift_error", worst["relative_error"], allowed.get("drift_error", error), unjudged
-        )
-        lines.append(_placed(line, f"layer {worst['layer']}, head {worst['head']}"))
-    return lines
-
-
-def told(line: Line) -> str:
-    """A judgement in one line."""
-    parts = [line.place] if line.place else []
-    parts.append(line.what)
-    text = ": ".join(parts)
-    if line.value is not None and line.limit is not None:
-        text += f" is {shown(line.key, line.value)}"
-        if line.low is not None and line.high is not None and line.low != line.high:
-            text += f" ({shown(line.key, line.low)} to {shown(line.key, line.high)})"
-        text += f", at {line.side} {shown(line.key, line.limit)} is allowed"
-        if line.side == "least":
-            text = text.replace("is allowed", "is asked")
-    return f"{text}: {line.why}" if line.why else text
-
-
-SHARES = frozenset(
-    ("top1", "top5", "flips", "cross_top1", "accuracy", "reference_accuracy", "delta")
-)
-
-
-def shown(key: str, value: float | None) -> str:
-    """A figure for people, in the form that its kind wants."""
-    if value is None or not math.isfinite(value):
-        return "not a number"
-    if key in SHARES:
-        return f"{100 * value:.2f} %"
-    if key.endswith("_db"):
-        return f"{value:.1f}"
-    return f"{value:.5f}" if key == "ppl_ratio" else f"{value:.3g}"
-
-
 # --- facts ----------------------------------------------------------------------------------------
 
 
@@ -495,29 +301,6 @@ def _bundle_facts(folder: Path, runner: Artefact, manifest: Manifest | None) -> 
     return out
 
 
-def _cost(bundle: Path, runtime: str) -> dict[str, Any] | None:
-    """Memory and speed, in a process of its own: this one holds the reference as well."""
-    spawn = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, mp_context=spawn) as apart:
-            return apart.submit(_measure, bundle, runtime).result()
-    except BrokenProcessPool:  # no memory for a second copy of the model, most likely
-        return None
-
-
-def _measure(bundle: Path, runtime: str) -> dict[str, Any]:
-    found = bench.measure(
-        bundle, runtime=runtime, prompt_tokens=128, new_tokens=32, contexts=[0], tiles=[], repeat=2
-    )
-    return {
-        "bundle_bytes": found["bundle_bytes"], "state_bytes": found["state_bytes"],
-        "peak_rss_bytes": found["peak_rss_bytes"],
-        "prefill_tokens_per_s": found["text"]["prefill_tokens_per_s"],
-        "decode_tokens_per_s": found["decode"][0]["tokens_per_s"],
-        "threads": found["threads"], "machine": found["machine"],
-    }  # fmt: skip
-
-
 def plain(value: Any) -> Any:
     """JSON-ready: numbers that are none become null, NumPy's become Python's."""
     if isinstance(value, dict):
@@ -531,5 +314,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value
-
-

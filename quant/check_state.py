@@ -1,4 +1,4 @@
-"""The state: kept as finely as the bundle says, the same whichever way a text was cut, and its drift.
+"""The state: as fine as the bundle says, the same whichever way a text is cut, and its drift.
 
 A state that is rounded at every step fails late and silently: once an update is smaller than half a
 unit in the last place it is lost, and slow heads stop listening. So three things are looked at: of
@@ -40,7 +40,9 @@ def precision(states: Sequence[dict[str, Floats]]) -> dict[str, str]:
         array = np.concatenate([state[name].ravel() for state in states])
         array = array[array != 0]
         if len(array):
-            fits = [kind for kind, rounded in _PLAIN.items() if np.array_equal(rounded(array), array)]
+            fits = [
+                kind for kind, rounded in _PLAIN.items() if np.array_equal(rounded(array), array)
+            ]
             out[name] = fits[0] if fits else "float32"
     return out
 
@@ -209,4 +211,3 @@ def to_int16(x: Floats) -> Floats:
 
 _PLAIN = {"bfloat16": to_bfloat16, "float16": to_float16}
 FORMATS: dict[str, Callable[[Floats], Floats]] = {**_PLAIN, "int16": to_int16}
-

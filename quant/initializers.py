@@ -35,9 +35,7 @@ class Initializers:
             kind, shape = np.dtype(np.uint8), (*shape[:-1], shape[-1] // 2)
         else:
             kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        return np.memmap(
-            self._folder / where["location"], kind, "r", int(where["offset"]), shape
-        )
+        return np.memmap(self._folder / where["location"], kind, "r", int(where["offset"]), shape)
 
     def is_int4(self, name: str) -> bool:
         """Whether it is of ONNX's INT4."""

@@ -1,7 +1,7 @@
 """Small charts as inline SVG: lines, points, bands and bars, in colours of the page around them.
 
-No library and no script; a title in each mark is its tooltip. Colours are CSS variables (--series-1,
---series-2, --muted, --grid, --limit), so that a page's light and dark both fit.
+No library and no script; a title in each mark is its tooltip. Colours are the page's (--series-1,
+--series-2, and the classes of lines and texts), so that its light and dark both fit.
 """
 
 import math
@@ -58,7 +58,9 @@ def chart(
     """
     bars = any(s.marks == "bars" for s in series)
     across = _Scale(x, [p[0] for s in series for p in s.points], LEFT, WIDTH - RIGHT, bars)
-    heights = [v for s in series for v in [*(p[1] for p in s.points), *(b for p in s.band for b in p)]]
+    heights = [
+        v for s in series for v in [*(p[1] for p in s.points), *(b for p in s.band for b in p)]
+    ]
     up = _Scale(y, heights + ([limit] if limit is not None else []), HEIGHT - BOTTOM, TOP, False)
     out = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(alt)}">',
@@ -67,11 +69,7 @@ def chart(
     for one in series:
         out += _series(one, across, up)
     if limit is not None:
-        level = up(limit)
-        out.append(
-            f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level:.1f}" y2="{level:.1f}">'
-            f"<title>limit {limit:g}</title></line>"
-        )
+        out.append(_level("limit", up(limit), f"limit {limit:g}"))
     return "".join([*out, *_legend(series), "</svg>"])
 
 
@@ -117,20 +115,28 @@ class _Scale:
 
 
 def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis) -> list[str]:
+    floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     out = []
-    floor = HEIGHT - BOTTOM
     for tick in up.ticks:
-        level = up(tick)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level:.1f}" y2="{level:.1f}"/>')
-        out.append(f'<text class="tick" x="{LEFT - 6}" y="{level + 4:.1f}" text-anchor="end">{_number(tick, y)}</text>')
+        out.append(_level("grid", up(tick)))
+        out.append(_text("tick", LEFT - 6, up(tick) + 4, "end", _number(tick, y)))
     for tick in across.ticks:
-        out.append(f'<text class="tick" x="{across(tick):.1f}" y="{floor + 16}" text-anchor="middle">{_number(tick, x)}</text>')
-    out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>')
-    turn = (TOP + floor) / 2
-    out.append(f'<text class="label" transform="translate(12 {turn}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text>')
-    return out
+        out.append(_text("tick", across(tick), floor + 16, "middle", _number(tick, x)))
+    out.append(_level("axis", floor))
+    out.append(_text("label", (LEFT + right) / 2, HEIGHT - 8, "middle", escape(x.label)))
+    turned = f'transform="translate(12 {(TOP + floor) / 2}) rotate(-90)"'
+    return [*out, _text("label", 0, 0, "middle", escape(y.label), turned)]
+
+
+def _level(kind: str, y: float, title: str = "") -> str:
+    inside = f"<title>{escape(title)}</title>" if title else ""
+    ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+    return f'<line class="{kind}" {ends}>{inside}</line>'
+
+
+def _text(kind: str, x: float, y: float, anchor: str, text: str, more: str = "") -> str:
+    where = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {where} {more}>{text}</text>'
 
 
 def _number(value: float, axis: Axis) -> str:
