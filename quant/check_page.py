@@ -45,24 +45,24 @@ def _verdict(report: dict[str, Any]) -> str:
         items = "".join(f"<li>{escape(line)}</li>" for line in report["failures"])
         said = f"<ul>{items}</ul>"
     tiles = [
-        ("mean KL divergence", shown("mean_kld", figures["mean_kld"]["value"]), "nats"),
-        ("same likeliest token", shown("top1", figures["top1"]["value"]), ""),
+        ("mean KLD, nats", shown("mean_kld", figures["mean_kld"]["value"])),
+        ("same top token", shown("top1", figures["top1"]["value"])),
     ]
     if "ppl_ratio" in figures:
-        tiles.append(("perplexity ratio", shown("ppl_ratio", figures["ppl_ratio"]["value"]), ""))
+        tiles.append(("perplexity ratio", shown("ppl_ratio", figures["ppl_ratio"]["value"])))
     size = bundle.get("bytes")
     if size:
-        tiles.append(("size", f"{size / MIB:,.1f}", "MiB"))
+        tiles.append(("size, MiB", f"{size / MIB:,.1f}"))
     cost = report.get("cost")
     if cost:
         tiles += [
-            ("memory, at most", f"{cost['peak_rss_bytes'] / MIB:,.0f}", "MiB"),
-            ("decoding", f"{cost['decode_tokens_per_s']:,.0f}", "tokens/s"),
-            ("prefill", f"{cost['prefill_tokens_per_s']:,.0f}", "tokens/s"),
+            ("peak memory, MiB", f"{cost['peak_rss_bytes'] / MIB:,.0f}"),
+            ("decoding, tokens/s", f"{cost['decode_tokens_per_s']:,.0f}"),
+            ("prefill, tokens/s", f"{cost['prefill_tokens_per_s']:,.0f}"),
         ]
     cards = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{value}</b> <small>{unit}</small></div>'
-        for name, value, unit in tiles
+        f'<div class="tile"><span>{escape(name)}</span><b>{value}</b></div>'
+        for name, value in tiles
     )
     what = f"{bundle['scheme']} on {bundle['runtime']} {bundle['version']}"
     return (
@@ -230,8 +230,8 @@ def _kinds(report: dict[str, Any]) -> str:
     if answers:
         titles = ("answers", "right", "right in the reference", "difference", "flips")
         cells = [
-            f"{shown(key, answers[key]['value'])}"
-            f'<div class="why">{_interval(key, answers[key])}</div>'
+            f"<span>{shown(key, answers[key]['value'])}"
+            f'<div class="why">{_interval(key, answers[key])}</div></span>'
             for key in ("accuracy", "reference_accuracy", "delta", "flips")
         ]
         note = (

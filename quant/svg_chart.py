@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 480, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 62, 22, 14, 46
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ def _grid(across: _Scale, up: _Scale, x: Axis, y: Axis) -> list[str]:
     out = []
     for tick in up.ticks:
         out.append(_level("grid", up(tick)))
-        out.append(_text("tick", LEFT - 6, up(tick) + 4, "end", _number(tick, y)))
+        out.append(_text("tick", LEFT - 6, up(tick) + 4, "end", _number(tick, y, up)))
     for tick in across.ticks:
-        out.append(_text("tick", across(tick), floor + 16, "middle", _number(tick, x)))
+        out.append(_text("tick", across(tick), floor + 17, "middle", _number(tick, x, across)))
     out.append(_level("axis", floor))
     out.append(_text("label", (LEFT + right) / 2, HEIGHT - 8, "middle", escape(x.label)))
-    turned = f'transform="translate(12 {(TOP + floor) / 2}) rotate(-90)"'
+    turned = f'transform="translate(14 {(TOP + floor) / 2}) rotate(-90)"'
     return [*out, _text("label", 0, 0, "middle", escape(y.label), turned)]
 
 
@@ -139,8 +139,8 @@ def _text(kind: str, x: float, y: float, anchor: str, text: str, more: str = "")
     return f'<text class="{kind}" {where} {more}>{text}</text>'
 
 
-def _number(value: float, axis: Axis) -> str:
-    if axis.log and (value >= 1e4 or value < 1e-2):
+def _number(value: float, axis: Axis, scale: _Scale) -> str:
+    if axis.log and scale.ticks[0] < 0.1:  # all of them alike
         power = str(round(math.log10(value))).replace("-", "\u2212")
         return f'10<tspan class="power" dy="-4">{power}</tspan>'
     return f"{value:,g}".replace("-", "\u2212") if abs(value) < 1e6 else f"{value:.0e}"
@@ -184,7 +184,7 @@ def _legend(series: Sequence[Series]) -> list[str]:
     named = [one for one in series if one.name]
     out, right = [], WIDTH - RIGHT
     for one in reversed(named if len(named) > 1 else []):
-        right -= 7 * len(one.name) + 20
+        right -= 8 * len(one.name) + 24  # wide enough for the larger letters of a phone
         out.append(
             f'<circle class="point" style="--colour: var(--series-{one.colour})" cx="{right}" '
             f'cy="{TOP + 2}" r="4"/><text class="tick" x="{right + 8}" y="{TOP + 6}">'
