@@ -101,10 +101,11 @@ def _first_state(states_db: dict[str, float], allowed: dict[str, float]) -> list
     for name, db in states_db.items():
         layer, _, kind = name.partition(".")
         line = replace(judge("state_db", db, allowed["state_db"]), place=f"layer {layer}, {kind}")
-        before = [one.value or 0.0 for one in lines]
-        fall = statistics.median(before) - db if len(before) >= 2 else 0.0
-        if line.state == "passed" and db < EQUAL_DB and fall > allowed["added_below_median_db"]:
-            line = replace(line, state="failed", why="far below the layers before it")
+        before = statistics.median(one.value or 0.0 for one in lines) if len(lines) > 1 else db
+        floor = before - allowed["added_below_median_db"]
+        if line.state == "passed" and db < min(floor, EQUAL_DB):
+            why = f"the layers before it reach {before:.1f}"
+            line = replace(line, state="failed", limit=floor, why=why)
         if line.state == "failed":
             return [line]
         lines.append(line)

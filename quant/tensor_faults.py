@@ -114,6 +114,8 @@ class _Sums:
         """Signal to `error` in dB, at most 200."""
         if not np.isfinite(error):
             return -200.0
+        if error == 0:
+            return 200.0
         return float(min(200.0, 10 * np.log10((self.signal + 1e-300) / (error + 1e-300))))
 
 
