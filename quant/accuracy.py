@@ -65,7 +65,7 @@ def compare(got: Floats, want: Floats, following: NDArray[np.int64]) -> Columns:
         _compare(got[i : i + step], want[i : i + step], following[i : i + step])
         for i in range(0, len(got), step)
     ]
-    return Columns(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Columns._make(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 def _compare(got: Floats, want: Floats, following: NDArray[np.int64]) -> Columns:
@@ -148,7 +148,7 @@ class Scores:
     def whole(self) -> "Table":
         """Everything, as arrays."""
         return Table(
-            Columns(*(np.concatenate(column) for column in zip(*self.columns, strict=True))),
+            Columns._make(np.concatenate(column) for column in zip(*self.columns, strict=True)),
             np.concatenate(self.kinds), np.concatenate(self.sequences),
             np.concatenate(self.positions),
         )  # fmt: skip
@@ -186,7 +186,7 @@ class Table:
 
     def where(self, mask: NDArray[np.bool_]) -> "Table":
         """Those positions only."""
-        columns = Columns(*(column[mask] for column in self.columns))
+        columns = Columns._make(column[mask] for column in self.columns)
         return Table(columns, self.kinds[mask], self.sequences[mask], self.positions[mask])
 
     def of(self, *kinds: int) -> "Table":

@@ -183,7 +183,7 @@ class _Reader:
     def says(self, text: str) -> str:
         """Why the tokenizer cannot say such text; empty if it can."""
         ids = self.tokenizer.encode_text(text)
-        unknown = ids.count(self.tokenizer.unknown_id) / max(len(ids), 1)
+        unknown = sum(i == self.tokenizer.unknown_id for i in ids) / max(len(ids), 1)
         if unknown > UNKNOWN:
             return f"{unknown:.0%} of its tokens are unknown to this model's tokenizer"
         if len(text) < SPELLING * len(ids):

@@ -76,8 +76,8 @@ def read(
         done += len(item.ids)
         all_agree = np.concatenate(agrees) if agrees else np.empty((0, 2), np.bool_)
         for answer in item.answers():
-            got, wanted = all_agree[answer].all(axis=0)
-            out.right.append((bool(got), bool(wanted)))
+            said = all_agree[answer]
+            out.right.append((bool(said[:, 0].all()), bool(said[:, 1].all())))
     say("reading, token", total, total)
     return out
 

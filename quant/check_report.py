@@ -86,14 +86,13 @@ def _judged(report: dict[str, Any]) -> list[str]:
 
 
 def _kinds(report: dict[str, Any]) -> list[str]:
-    rows = [
-        ("", "positions", "mean KLD", "median", "99 %", "99.9 %", "top-1", "top-5", "perplexity")
-    ]
+    titles = ("mean KLD", "median", "99 %", "99.9 %", "top-1", "top-5", "perplexity")
+    keys = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1", "top5", "ppl_ratio")
+    rows: list[tuple[str, ...]] = [("", "positions", *titles)]
     for name, found in report["by_kind"].items():
-        keys = ("mean_kld", "median_kld", "p99_kld", "p999_kld", "top1", "top5", "ppl_ratio")
-        told = [shown(k, found[k]["value"]) if k in found else "-" for k in keys]
-        rows.append((name, f"{found['positions']:,}", *told))
-    return _columns(rows, "<>>>>>>>>")
+        told = [shown(key, found[key]["value"]) if key in found else "-" for key in keys]
+        rows.append((str(name), f"{found['positions']:,}", *told))
+    return _columns(rows, "<" + ">" * (len(keys) + 1))
 
 
 def _positions(report: dict[str, Any]) -> list[str]:

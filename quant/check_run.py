@@ -25,13 +25,13 @@ from mmmamba_edge.quant.accuracy import ANSWER, KINDS, TEXT, Scores, Table
 from mmmamba_edge.quant.check_codes import compare_codes
 from mmmamba_edge.quant.check_cost import cost
 from mmmamba_edge.quant.check_data import ART, Data, collect
+from mmmamba_edge.quant.check_faults import Finding
 from mmmamba_edge.quant.check_layers import Probe, probes
 from mmmamba_edge.quant.check_read import Artefact, Readings, facts, read
 from mmmamba_edge.quant.check_reference import Reference
 from mmmamba_edge.quant.check_tensors import check_tensors
 from mmmamba_edge.quant.check_verdict import judgements, told
 from mmmamba_edge.quant.schemes import SCHEMES
-from mmmamba_edge.quant.tensor_faults import Finding
 from mmmamba_edge.quant.thresholds import limits, scheme_of
 from mmmamba_edge.runtimes import open_bundle
 from mmmamba_edge.status import Report, silent

@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from mmmamba_edge.export.decoder_graph import unpacked_rows
 from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Weights
 from mmmamba_edge.manifest import Manifest
-from mmmamba_edge.quant.held_matrices import Matrix, held_matrix
-from mmmamba_edge.quant.initializers import Initializers
-from mmmamba_edge.quant.tensor_faults import (
+from mmmamba_edge.quant.check_faults import (
     Finding,
     columns_fit,
     compare,
@@ -24,6 +22,8 @@ from mmmamba_edge.quant.tensor_faults import (
     row_factors,
     same,
 )
+from mmmamba_edge.quant.held_matrices import Matrix, held_matrix
+from mmmamba_edge.quant.initializers import Initializers
 from mmmamba_edge.status import Report, silent
 
 Floats = NDArray[np.float32]

@@ -50,10 +50,12 @@ def held_matrix(held: Initializers, name: str) -> Matrix | None:
     if plain is not None:
         turned = plain if name == "embedding" else plain.T
         bits = 16 if plain.dtype == np.float16 else 32
-        return Matrix(
-            *turned.shape, bits, turned.shape[1],
-            lambda a, b: np.ascontiguousarray(turned[a:b], np.float32),
-        )  # fmt: skip
+        rows, columns = turned.shape
+
+        def numbers(a: int, b: int) -> Floats:
+            return np.ascontiguousarray(turned[a:b], np.float32)
+
+        return Matrix(rows, columns, bits, columns, numbers)
     codes, scales = held.get(f"{name}.codes"), held.get(f"{name}.scales")
     if codes is None or scales is None:
         return None
