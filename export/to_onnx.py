@@ -43,6 +43,7 @@ def export_onnx(
     max_context: int | None = None,
     cache: str | None = None,
     ort: bool = False,
+    accuracy: bool = True,
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -58,6 +59,7 @@ def export_onnx(
         cache: dtype of the attention layers' keys and values: "float32", or "float16", half the
             memory; None: float32. Not for a linear model.
         ort: graphs in ONNX Runtime's own format, for reduced mobile builds (ort_format.py).
+        accuracy: put `accuracy.json` into a quantised bundle (quant/check_quick.py).
         report: told what is being done, and how far.
 
     Returns:
@@ -96,10 +98,19 @@ def export_onnx(
         manifest = write_manifest(folder, manifest)
         say("verifying against PyTorch")
         manifest = replace(manifest, verification=verify(folder, weights, say))
+        if accuracy and quant != "none":
+            manifest = _with_report(folder, source, manifest, say)
         if ort:
             say("converting to ORT format")
             manifest = replace_by_ort(folder, manifest)
         return write_manifest(folder, manifest)
+
+
+def _with_report(folder: Path, source: Checkpoint, manifest: Manifest, say: Report) -> Manifest:
+    from mmmamba_edge.quant.check_quick import attach_report  # it runs what was exported
+    from mmmamba_edge.runtimes.onnxruntime_runner import OnnxRuntimeRunner
+
+    return attach_report(folder, source, manifest, OnnxRuntimeRunner(folder, verify=False), say)
 
 
 def cache_dtype(config: Config, asked: str | None) -> str:

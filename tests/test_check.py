@@ -14,9 +14,10 @@ import torch
 
 import faults
 from exported import ROOT, bundle, checkpoint
-from mmmamba_edge.bundle import DEFAULT_BUNDLE
+from mmmamba_edge.bundle import DEFAULT_BUNDLE, read_manifest
 from mmmamba_edge.cli import main
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.to_onnx import export_onnx
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import open_checkpoint
 from mmmamba_edge.quant import accuracy, thresholds
@@ -111,7 +112,7 @@ def test_a_wrong_scale_in_one_layer(quant):
     assert "layer 2, feed_forward: " in said  # and the layer's added error, without the weights
     assert "layer 2, mix" not in said and "layer 3, mix" not in said
     if quant == "int8":  # the first state behind it; of int4 the rounding hides it
-        assert "layer 3, conv: least signal to error of a state tensor" in said
+        assert "layer 3, conv: signal to error (dB) of the state" in said
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
@@ -213,7 +214,7 @@ def test_a_fault_in_a_pte_is_placed_by_its_states():
     file = ROOT / "wrong.pte"
     file.write_bytes(data.replace(codes.tobytes(), codes[::-1].tobytes()))
     said = failing(checked(file, other=ours))
-    assert "layer 2, conv: least signal to error of a state tensor" in said
+    assert "layer 2, conv: signal to error (dB) of the state" in said
     assert "embedding_model.encoder.1.feed_forward.w2: one set of codes" in said
 
 
@@ -434,6 +435,33 @@ def test_bad_data(name, message, tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(UserError, match=message):
         collected(str(tmp_path / name))
+
+
+# --- in the bundle --------------------------------------------------------------------------------
+
+
+def test_every_quantised_bundle_carries_a_report(tmp_path):
+    folder = bundle("small", "linear", "int8")
+    manifest = read_manifest(folder)
+    report = json.loads((folder / "accuracy.json").read_text())
+    assert "accuracy.json" in manifest.files
+    short = manifest.verification["accuracy"]
+    assert short["file"] == "accuracy.json" and short["positions"] == 2040
+    assert short["mean_kld"] == report["figures"]["mean_kld"]["value"] < 1e-4
+    assert report["scheme"] == "int8 weights and activations"
+    assert set(report) == {
+        "format", "producer", "scheme", "reference", "data", "figures", "by_kind", "by_position",
+        "answers", "limits",
+    }  # fmt: skip
+    source = checkpoint("small", "linear")
+    for name, wanted in (("again", True), ("without", False)):
+        export_onnx(source, tmp_path / name, quant="int8", accuracy=wanted)
+    assert (tmp_path / "again/accuracy.json").read_bytes() == (
+        folder / "accuracy.json"
+    ).read_bytes()
+    assert not (tmp_path / "without/accuracy.json").exists()
+    assert "accuracy" not in read_manifest(tmp_path / "without").verification
+    assert not (bundle("small", "linear") / "accuracy.json").exists()
 
 
 # --- the command ----------------------------------------------------------------------------------
