@@ -149,6 +149,9 @@ def norm(
         return np.ones(len(want), np.float32), None
     flat = np.ravel(got).astype(np.float32)
     got = np.tile(flat, repeat) if len(flat) * repeat == len(want) else flat
+    by_head = held.get(f"{name.removesuffix('.weight')}.by_head")  # of a fold into a shared norm
+    if by_head is not None and by_head.size == got.size:
+        got = got * np.ravel(by_head)
     if got.shape != want.shape or not np.isfinite(got).all():
         return np.ones(len(want), np.float32), same(name, got, want)
     with np.errstate(divide="ignore", invalid="ignore"):

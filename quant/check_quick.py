@@ -8,18 +8,21 @@ gives the same bytes.
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import Manifest
-from mmmamba_edge.model.checkpoints import Checkpoint
+from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
 from mmmamba_edge.quant.check_data import collect
 from mmmamba_edge.quant.check_read import Artefact, read
 from mmmamba_edge.quant.check_reference import Reference
 from mmmamba_edge.quant.check_run import FORMAT, measured, plain
 from mmmamba_edge.quant.schemes import SCHEMES
+from mmmamba_edge.quant.stored import QuantizedCheckpoint
 from mmmamba_edge.quant.thresholds import limits, scheme_of
 from mmmamba_edge.status import Report, silent
 
@@ -31,21 +34,36 @@ DIGITS = 3  # of a figure: the file must not change with the last bits of a sum
 
 
 def attach_report(
-    folder: Path, source: Checkpoint, manifest: Manifest, runner: Artefact, say: Report = silent
-) -> Manifest:
+    folder: Path, reference: str | Path | Checkpoint, manifest: Manifest,
+    opener: Callable[[], Artefact], say: Report = silent,
+) -> Manifest:  # fmt: skip
     """Write `accuracy.json` into a bundle in the making.
+
+    A quantised checkpoint is no reference: the numbers of its codes are all that it has.
 
     Args:
         folder: the bundle, its graphs and manifest in place.
-        source: the checkpoint that it was made of.
+        reference: the checkpoint in floating point.
         manifest: its manifest, which is not written here.
-        runner: the bundle, open.
+        opener: opens the bundle.
         say: told how far it is.
 
     Returns:
         The manifest, with the file and its main figures named under verification.accuracy.
+
+    Raises:
+        UserError: the reference is another model.
     """
-    report = quick_report(folder, source, manifest, runner, say)
+    source = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference)
+    if isinstance(source, QuantizedCheckpoint):
+        say("no accuracy.json: give the checkpoint that was quantised with --reference")
+        return manifest
+    if source.weights_id() != manifest.model_id:
+        raise UserError(
+            f"--reference {source.folder}: model {source.weights_id()}, and the bundle is made of "
+            f"{manifest.model_id}; give the checkpoint that was quantised"
+        )
+    report = quick_report(folder, source, manifest, opener(), say)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
     figures = report["figures"]
@@ -58,7 +76,7 @@ def attach_report(
 def quick_report(
     folder: Path, source: Checkpoint, manifest: Manifest, runner: Artefact, say: Report = silent
 ) -> dict[str, Any]:
-    """The contents of `accuracy.json`; arguments as of `attach_report`."""
+    """The contents of `accuracy.json`, of an open bundle."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     tokens = TOKENS // 4 if size > LARGE else TOKENS
     with tempfile.TemporaryDirectory(prefix="mmmamba-edge-") as scratch:
