@@ -22,10 +22,13 @@ from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import open_checkpoint
 from mmmamba_edge.quant import accuracy, thresholds
 from mmmamba_edge.quant.accuracy import ANSWER, TEXT, Estimate, Scores
+from mmmamba_edge.quant.calibration import Calibration, Sequence, balanced, digest
 from mmmamba_edge.quant.check_data import collect
 from mmmamba_edge.quant.check_page import page
 from mmmamba_edge.quant.check_report import as_text
 from mmmamba_edge.quant.check_run import check
+from mmmamba_edge.quant.layerwise import quantize_checkpoint
+from mmmamba_edge.quant.plan import make_plan
 from mmmamba_edge.quant.schemes import SCHEMES
 from mmmamba_edge.runtimes import open_bundle
 
@@ -93,6 +96,26 @@ def fold_rows(state):
 def test_folds_are_followed(variant, fold, quant):
     report = checked(faults.remade(variant, fold, quant, fold.__name__), variant)
     assert report["failures"] == []
+
+
+@pytest.mark.parametrize("variant", ["linear", "hybrid"])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_gptq_and_its_folds_pass(variant, scheme, tmp_path):
+    """Far too little calibration moves weights far: still no fault."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(8, 300, 60) for _ in range(2)]
+    sequences = [Sequence(one, None, np.zeros(60, bool)) for one in ids]
+    data = Calibration(sequences, balanced(sequences, 7), "test", digest(sequences))
+    source = checkpoint("small", variant)
+    quantize_checkpoint(open_checkpoint(source), tmp_path / "q", make_plan(scheme), data)
+    manifest = export_onnx(tmp_path / "q", tmp_path / "b", reference=source)
+    assert manifest.verification["accuracy"]["file"] == "accuracy.json"
+    report = checked(tmp_path / "b", variant, thresholds={"top1": 0.3})
+    assert report["failures"] == []
+    other = checkpoint("small", "hybrid" if variant == "linear" else "linear")
+    with pytest.raises(UserError, match="give the checkpoint that was quantised"):
+        export_onnx(tmp_path / "q", tmp_path / "c", reference=other)
+    assert "accuracy" not in export_onnx(tmp_path / "q", tmp_path / "d").verification
 
 
 # --- faults ---------------------------------------------------------------------------------------
