@@ -66,6 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(BACKENDS),
         help="of executorch: xnnpack (default); the others are lowered and not run here",
     )
+    add(
+        "--no-report",
+        dest="accuracy",
+        action="store_false",
+        help="leave accuracy.json out of a quantised bundle (see `mmmamba-edge check`)",
+    )
+    add(
+        "--reference",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="of a quantised checkpoint: the one that it was made of, for accuracy.json",
+    )
     add("--json", action="store_true", help="print one JSON object: the verification figures")
     parser.epilog = (
         "example: mmmamba-edge export weights/mmMamba-linear --to onnx --out build/linear "
@@ -84,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace, report: Report) -> Manifest:
     options: dict[str, Any] = {
         "quant": args.quant, "group_size": args.group_size, "max_context": args.max_context,
-        "report": report,
+        "accuracy": args.accuracy, "reference": args.reference, "report": report,
     }  # fmt: skip
     if args.to == "onnx":
         if args.backend:

@@ -52,7 +52,7 @@ def read_streamed(
     for index, kind in enumerate(config.layer_types):
         if index == len(config.embedding.layer_types) and config.normalize_encoder_output:
             hidden = [nn.functional.normalize(x, dim=-1, eps=0.0) for x in hidden]
-        layer = _layer(weights, index, kind)
+        layer = load_layer(weights, index, kind)
         for i, x in enumerate(hidden):
             mix = layer.attention
             device, dtype = x.device, x.dtype
@@ -93,31 +93,39 @@ def _vision(weights: Weights) -> Callable[[Tensor], Tensor]:
     config = weights.config
     with torch.device("meta"):
         stem, projector = VisionEmbeddings(config), pixel_shuffle_proj(config)
-    _fill(stem, STEM, weights)
-    _fill(projector, PROJECTOR, weights)
+    fill(stem, STEM, weights)
+    fill(projector, PROJECTOR, weights)
     return lambda tiles: projector(pixel_shuffle(stem(tiles), config.shuffle)).flatten(0, 1)
 
 
-def _layer(weights: Weights, index: int, kind: str) -> DecoderLayer:
+def load_layer(weights: Weights, index: int, kind: str) -> DecoderLayer:
+    """Layer `index` of the whole stack, as the weights are seen."""
     with torch.device("meta"):
         layer = DecoderLayer(weights.config.stack_of(index), kind)
-    return _fill(layer, weights.prefix(index), weights)
+    return fill(layer, weights.prefix(index), weights)
 
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def _fill(module: M, prefix: str, weights: Weights) -> M:
+def fill(module: M, prefix: str, weights: Weights) -> M:
+    """The module with its tensors, whose names begin with `prefix`."""
     for name in module.state_dict():
         assign(module, name, torch.from_numpy(weights.seen(prefix + name)))
     return module
 
 
+def final_norm(weights: Weights) -> RMSNorm:
+    """What the last layer's output passes before the head."""
+    config = weights.config
+    norm = RMSNorm(config.hidden_size, config.llm.rms_norm_eps)
+    return fill(norm, "language_model.model.norm.", weights)
+
+
 def _logits(weights: Weights, hidden: list[Tensor]) -> list[Floats]:
     """(tokens, vocab_size) of each prompt, the head a few rows at a time."""
     config: Config = weights.config
-    norm = RMSNorm(config.hidden_size, config.llm.rms_norm_eps)
-    _fill(norm, "language_model.model.norm.", weights)
+    norm = final_norm(weights)
     normed = [norm(x[0]) for x in hidden]
     out = [np.empty((len(x), config.vocab_size), np.float32) for x in normed]
     for start in range(0, config.vocab_size, HEAD_ROWS):

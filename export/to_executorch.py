@@ -48,6 +48,8 @@ def export_executorch(
     group_size: int | None = None,
     max_context: int | None = None,
     backend: str = "xnnpack",
+    accuracy: bool = True,
+    reference: str | Path | Checkpoint | None = None,
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -61,6 +63,9 @@ def export_executorch(
         max_context: tokens that attention layers keep; None: `context_limit`.
         backend: what the methods are lowered to (pte_backends.py). Another than "xnnpack" cannot
             be run here: such a file is written with a report of its partition, unverified.
+        accuracy: put `accuracy.json` into a quantised bundle (quant/check_quick.py).
+        reference: what that compares with; None: the checkpoint, unless it is a quantised one, of
+            which there is then no such report.
         report: told what is being done, and how far.
 
     Returns:
@@ -112,7 +117,15 @@ def export_executorch(
             return write_manifest(folder, replace(manifest, verification=not_run))
         say("verifying against PyTorch")
         figures = verify(folder, weights, say, ExecuTorchRunner)
-        return write_manifest(folder, replace(manifest, verification=figures))
+        manifest = replace(manifest, verification=figures)
+        if accuracy and weights.quant != "none":
+            from mmmamba_edge.quant.check_quick import attach_report  # it runs what was exported
+
+            manifest = attach_report(
+                folder, reference or source, manifest,
+                lambda: ExecuTorchRunner(folder, verify=False), say,
+            )  # fmt: skip
+        return write_manifest(folder, manifest)
 
 
 def constants(config: Config, max_context: int | None, manifest: Manifest) -> dict[str, Any]:

@@ -43,6 +43,8 @@ def export_onnx(
     max_context: int | None = None,
     cache: str | None = None,
     ort: bool = False,
+    accuracy: bool = True,
+    reference: str | Path | Checkpoint | None = None,
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -58,6 +60,9 @@ def export_onnx(
         cache: dtype of the attention layers' keys and values: "float32", or "float16", half the
             memory; None: float32. Not for a linear model.
         ort: graphs in ONNX Runtime's own format, for reduced mobile builds (ort_format.py).
+        accuracy: put `accuracy.json` into a quantised bundle (quant/check_quick.py).
+        reference: what that compares with; None: the checkpoint, unless it is a quantised one, of
+            which there is then no such report.
         report: told what is being done, and how far.
 
     Returns:
@@ -96,10 +101,23 @@ def export_onnx(
         manifest = write_manifest(folder, manifest)
         say("verifying against PyTorch")
         manifest = replace(manifest, verification=verify(folder, weights, say))
+        if accuracy and weights.quant != "none":
+            manifest = _with_report(folder, reference or source, manifest, say)
         if ort:
             say("converting to ORT format")
             manifest = replace_by_ort(folder, manifest)
         return write_manifest(folder, manifest)
+
+
+def _with_report(
+    folder: Path, reference: str | Path | Checkpoint, manifest: Manifest, say: Report
+) -> Manifest:
+    from mmmamba_edge.quant.check_quick import attach_report  # it runs what was exported
+    from mmmamba_edge.runtimes.onnxruntime_runner import OnnxRuntimeRunner
+
+    return attach_report(
+        folder, reference, manifest, lambda: OnnxRuntimeRunner(folder, verify=False), say
+    )
 
 
 def cache_dtype(config: Config, asked: str | None) -> str:

@@ -248,7 +248,7 @@ def exact_twin(folder: Path, twin: Path) -> Path:
     for name, record in manifest.files.items():
         (twin / name).parent.mkdir(exist_ok=True)
         if name not in manifest.graphs.values():
-            _link(folder / name, twin / name)
+            link(folder / name, twin / name)
             weights[name] = record
             continue
         model = onnx.load(folder / name, load_external_data=False)
@@ -360,7 +360,8 @@ def _in_pieces(
     return np.array(rows), np.stack(logits), state.arrays()
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """One file under two names, or a copy where a file system has no such links."""
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links

@@ -30,6 +30,7 @@ VERBS = {
         "make codes and scales for a checkpoint, with calibration",
     ),
     "export": ("mmmamba_edge.export.command", "make a verified bundle of a checkpoint"),
+    "check": ("mmmamba_edge.quant.check_command", "compare a bundle with its float32 reference"),
     "bench": ("mmmamba_edge.bench", "measure time and memory on this machine"),
     "eval": ("mmmamba_edge.evaluation.command", "score a model on benchmarks and scenes"),
     "inspect": ("mmmamba_edge.inspection", "print config, sizes, state bytes and tensors"),

@@ -167,6 +167,13 @@ class OnnxRuntimeRunner:
             logits.pull()
         return every, own
 
+    def vectors(
+        self, input_ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """What the decoder is given for a prompt: (1, tokens, hidden)."""
+        chunks = self._chunks(input_ids, pixel_values)
+        return np.concatenate([vectors.pull() for _, vectors in chunks], axis=1)
+
     def image_vectors(
         self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:

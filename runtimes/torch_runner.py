@@ -1,5 +1,6 @@
 """The PyTorch runtime: what exported bundles are verified against, and `--runtime torch`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,17 +101,12 @@ class TorchRunner:
         """Read a prompt in chunks; see `runtimes.base.Runner.prefill`."""
         own = self.new_state() if state is None else _own(state)
         ids = self._ids(input_ids, own)
-        images = None
-        if check_pictures(ids.cpu().numpy(), pixel_values, self.config):
-            images = self.model.image_vectors(torch.from_numpy(pixel_values).to(ids.device))
-        logits = torch.empty(0)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            part = ids[start : start + PREFILL_CHUNK]
-            count = int((part == self.config.img_context_token_id).sum())
-            mine, images = (None, images) if images is None else (images[:count], images[count:])
-            logits = self._read(part[None], mine if count else None, own.inner)
+        logits, done = torch.empty(0), 0
+        for part, images in self._chunks(ids, pixel_values):
+            logits = self.model.read_on(self._embedded(part, images, own.inner), None, own.inner)
+            done += part.shape[1]
             if progress:
-                progress(start + len(part), len(ids))
+                progress(done, len(ids))
         return logits[0].float().cpu().numpy(), own
 
     @torch.inference_mode()
@@ -120,6 +116,23 @@ class TorchRunner:
         ids = self._ids(np.array([token_id]), own)
         logits, _ = self.model.step(ids, own.inner)
         return logits[0].float().cpu().numpy(), own
+
+    @torch.inference_mode()
+    def read_all(
+        self,
+        input_ids: NDArray[np.int64],
+        pixel_values: NDArray[np.float32] | None = None,
+        state: State | None = None,
+    ) -> tuple[NDArray[np.float32], TorchState]:
+        """`prefill` with the logits of every position: (tokens, vocab_size)."""
+        own = self.new_state() if state is None else _own(state)
+        ids = self._ids(input_ids, own)
+        language, every = self.model.language_model, []
+        for part, images in self._chunks(ids, pixel_values):
+            x = self._embedded(part, images, own.inner)
+            x = language.model.norm(self.model.read_layers(x, None, own.inner))
+            every.append(language.output(x)[0].float().cpu().numpy())
+        return np.concatenate(every), own
 
     def new_state(self) -> TorchState:
         """A state that has read nothing."""
@@ -149,13 +162,25 @@ class TorchRunner:
         ids = check_ids(input_ids, self.config, state.tokens, self.max_context)
         return torch.from_numpy(ids).to(self.model.language_model.output.weight.device)
 
-    def _read(
+    def _chunks(
+        self, ids: torch.Tensor, pixel_values: NDArray[np.float32] | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The prompt in pieces: ids (1, tokens), and the image vectors they hold."""
+        images = None
+        if check_pictures(ids.cpu().numpy(), pixel_values, self.config):
+            images = self.model.image_vectors(torch.from_numpy(pixel_values).to(ids.device))
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            part = ids[start : start + PREFILL_CHUNK]
+            count = int((part == self.config.img_context_token_id).sum())
+            mine, images = (None, images) if images is None else (images[:count], images[count:])
+            yield part[None], mine if count else None
+
+    def _embedded(
         self, ids: torch.Tensor, images: torch.Tensor | None, state: DecoderState
     ) -> torch.Tensor:
-        """One chunk: ids (1, tokens), the image vectors it holds -> logits (1, vocab_size)."""
+        """The embedding half over one chunk: (1, tokens, hidden)."""
         model = self.model
-        x = model.encode(model.embed_tokens(ids, None, images), None, state)
-        return model.read_on(model.normalize(x), None, state)
+        return model.normalize(model.encode(model.embed_tokens(ids, None, images), None, state))
 
 
 def _own(state: State) -> TorchState:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,3 +105,11 @@ def test_text_never_asks_for_pixels():
 
     ids = bench._text_ids(Stub(), np.random.default_rng(0), 5000)
     assert not (ids == Stub.config.img_context_token_id).any() and ids.max() < 1024
+
+
+def test_peak_memory_is_this_process_s_own():
+    """Not what the one that started it held: getrusage counts that as well."""
+    held = np.ones(300 << 20, np.uint8)
+    code = "from mmmamba_edge.bench import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 200 << 20 < held.nbytes

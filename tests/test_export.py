@@ -155,7 +155,9 @@ def test_figures_are_in_the_manifest():
     ):
         folder = bundle(part, "hybrid", quant)
         verify_files(folder, hashes=True)
-        figures = read_manifest(folder).verification
+        figures = dict(read_manifest(folder).verification)
+        assert ("accuracy" in figures) == (quant != "none")
+        figures.pop("accuracy", None)
         assert figures["prompts"] == 4 and figures["pictures"] == 2
         assert set(figures) - {"prompts", "positions", "pictures"} == keys
         for key in keys:
@@ -560,6 +562,7 @@ def test_ort_format(tmp_path):
     files = {f.name for f in (tmp_path / "ort").iterdir()}
     assert files == {
         "vision.ort", "embed.ort", "decoder.ort", "required_operators.config", "manifest.json",
+        "accuracy.json",
     }  # fmt: skip
     assert set(manifest.files) == files - {"manifest.json"}
     verify_files(tmp_path / "ort", read_manifest(tmp_path / "ort"), hashes=True)

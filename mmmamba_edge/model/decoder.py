@@ -267,13 +267,18 @@ class MMMamba(nn.Module):
 
     def read_on(self, x: Tensor, lengths: Tensor | None, state: DecoderState) -> Tensor:
         """The language half over `embed`'s output: logits of each row's last real token."""
+        x = self.read_layers(x, lengths, state)
+        last = x[:, -1] if lengths is None else x[torch.arange(len(x)), lengths - 1]
+        return self.language_model.output(self.language_model.model.norm(last))
+
+    def read_layers(self, x: Tensor, lengths: Tensor | None, state: DecoderState) -> Tensor:
+        """The language half's layers, the final norm not included; the state has then read `x`."""
         first = len(self.embedding_model.encoder)
-        language = self.language_model.model
-        for layer, memory in zip(language.layers, state.layers[first:], strict=True):
+        layers = self.language_model.model.layers
+        for layer, memory in zip(layers, state.layers[first:], strict=True):
             x = layer(x, lengths, memory)
         state.length = state.length + (x.shape[1] if lengths is None else lengths)
-        last = x[:, -1] if lengths is None else x[torch.arange(len(x)), lengths - 1]
-        return self.language_model.output(language.norm(last))
+        return x
 
     def encode(self, x: Tensor, lengths: Tensor | None, state: DecoderState | None) -> Tensor:
         """The embedding layers: (batch, seq, hidden) -> (batch, seq, hidden)."""
