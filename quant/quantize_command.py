@@ -71,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The verb."""
     from mmmamba_edge.model.checkpoints import open_checkpoint
-    from mmmamba_edge.quant.calibration import calibrate_on
-    from mmmamba_edge.quant.layerwise import quantize_checkpoint
-    from mmmamba_edge.quant.mixed import measure_units, promoted
+    from mmmamba_edge.quant.quantize_data import calibrate_on
+    from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
+    from mmmamba_edge.quant.quantize_units import measure_units, promoted
     from mmmamba_edge.quant.stored import QuantizedCheckpoint
     from mmmamba_edge.tokenizer import load_tokenizer
     from mmmamba_edge.whole import refuse_taken

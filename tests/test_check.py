@@ -22,13 +22,13 @@ from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import open_checkpoint
 from mmmamba_edge.quant import accuracy, thresholds
 from mmmamba_edge.quant.accuracy import ANSWER, TEXT, Estimate, Scores
-from mmmamba_edge.quant.calibration import Calibration, Sequence, balanced, digest
 from mmmamba_edge.quant.check_data import collect
 from mmmamba_edge.quant.check_page import page
 from mmmamba_edge.quant.check_report import as_text
 from mmmamba_edge.quant.check_run import check
-from mmmamba_edge.quant.layerwise import quantize_checkpoint
 from mmmamba_edge.quant.plan import make_plan
+from mmmamba_edge.quant.quantize_data import Calibration, Sequence, balanced, digest
+from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
 from mmmamba_edge.quant.schemes import SCHEMES
 from mmmamba_edge.runtimes import open_bundle
 

@@ -474,8 +474,8 @@ def test_widths_below_a_block_are_padded(tmp_path, ops):
 
 
 def test_interrupted_export_leaves_nothing(tmp_path):
-    def stop(line: str) -> None:
-        if line.startswith("verifying"):
+    def stop(what: str, done: int = 0, total: int = 0) -> None:
+        if what.startswith("verifying"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

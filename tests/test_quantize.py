@@ -19,15 +19,15 @@ from mmmamba_edge.export.to_onnx import export_onnx
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint, save_checkpoint
 from mmmamba_edge.model.decoder import DecoderLayer
-from mmmamba_edge.quant import layerwise
+from mmmamba_edge.quant import quantize_layers
 from mmmamba_edge.quant.builtin_text import topics
-from mmmamba_edge.quant.calibration import Calibration, Sequence, balanced, digest
 from mmmamba_edge.quant.codes import MIN_SCALE, quantize_int4
 from mmmamba_edge.quant.folds import apply, sites
 from mmmamba_edge.quant.gptq import product_error, quantize_gptq
-from mmmamba_edge.quant.layerwise import quantize_checkpoint
-from mmmamba_edge.quant.mixed import Unit, measure_units, promoted
 from mmmamba_edge.quant.plan import make_plan
+from mmmamba_edge.quant.quantize_data import Calibration, Sequence, balanced, digest
+from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
+from mmmamba_edge.quant.quantize_units import Unit, measure_units, promoted
 from mmmamba_edge.quant.rotation import turned
 from mmmamba_edge.quant.rounding import quantize_clipped
 from mmmamba_edge.quant.stored import CODES, FACTS, QuantizedCheckpoint
@@ -236,7 +236,7 @@ def test_a_killed_run_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    plain = layerwise._quantized
+    plain = quantize_layers._quantized
 
     def count(*args):
         if len(done) == 3:
@@ -244,14 +244,14 @@ def test_a_killed_run_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
         done.append(plain(*args))
         return done[-1]
 
-    monkeypatch.setattr(layerwise, "_quantized", count)
+    monkeypatch.setattr(quantize_layers, "_quantized", count)
     with pytest.raises(Killed):
         quantize_checkpoint(source, out, plan, data())
     assert not out.exists()
     assert sorted(p.name for p in (tmp_path / "out.working").glob("layer-*"))[-1].startswith(
         "layer-002"
     )
-    monkeypatch.setattr(layerwise, "_quantized", plain)
+    monkeypatch.setattr(quantize_layers, "_quantized", plain)
     resumed = quantize_checkpoint(source, out, plan, data())
     whole = quantize_checkpoint(source, tmp_path / "whole", plan, data())
     assert resumed == whole
@@ -262,9 +262,9 @@ def test_a_killed_run_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
 
 def test_layers_of_another_plan_are_not_taken(tmp_path):
     source, out = open_checkpoint(checkpoint("small", "linear")), tmp_path / "out"
-    working = layerwise._open_working(source, out, make_plan("int4"), data())
+    working = quantize_layers._open_working(source, out, make_plan("int4"), data())
     (working / "layer-000.safetensors").write_bytes(b"")
-    layerwise._open_working(source, out, make_plan("int8"), data())
+    quantize_layers._open_working(source, out, make_plan("int8"), data())
     assert not (working / "layer-000.safetensors").exists()
 
 

@@ -25,11 +25,11 @@ from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import SINGLE, Checkpoint, assign
 from mmmamba_edge.model.decoder import DecoderLayer
 from mmmamba_edge.model.tensor_names import DEAD, layer_prefix
-from mmmamba_edge.quant.calibration import Calibration
 from mmmamba_edge.quant.codes import Codes
 from mmmamba_edge.quant.folds import Site, Tensors, apply, choose, sites
 from mmmamba_edge.quant.gptq import Hessian, product_error, quantize_gptq
 from mmmamba_edge.quant.plan import Choice, Plan
+from mmmamba_edge.quant.quantize_data import Calibration
 from mmmamba_edge.quant.rounding import quantize_clipped
 from mmmamba_edge.quant.schemes import SCHEMES
 from mmmamba_edge.quant.stored import (

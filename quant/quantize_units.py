@@ -15,10 +15,10 @@ from torch import Tensor
 from mmmamba_edge.model.checkpoints import Checkpoint, load_model
 from mmmamba_edge.model.decoder import DecoderLayer, MMMamba
 from mmmamba_edge.model.tensor_names import layer_prefix
-from mmmamba_edge.quant.calibration import Calibration
 from mmmamba_edge.quant.folds import Site, sites
 from mmmamba_edge.quant.gptq import Hessian, quantize_gptq
 from mmmamba_edge.quant.plan import Plan
+from mmmamba_edge.quant.quantize_data import Calibration
 from mmmamba_edge.status import Report, silent
 
 TOKENS = 1024  # read for each unit; a unit's KL is a mean over them
