@@ -176,7 +176,7 @@ def open_run(recipe: Recipe, engine: Engine, out: Path, *, resume: bool) -> Run:
     teacher = load_model(file, "cpu" if bits < 16 else engine.device, dtype)
     freeze(teacher)
     if bits < 16:
-        from mmmamba_edge.distill.frozen_bits import quantize_layers
+        from mmmamba_edge.model.bnb_layers import quantize_layers
 
         quantize_layers(teacher, bits)
         teacher.to(engine.device)

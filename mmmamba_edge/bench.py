@@ -23,7 +23,7 @@ import numpy as np
 
 from mmmamba_edge.bundle import DEFAULT_BUNDLE, read_manifest
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.runtimes import open_bundle
+from mmmamba_edge.runtimes import RUNTIME_NAMES, open_bundle
 from mmmamba_edge.runtimes.base import Runner, State
 from mmmamba_edge.status import Report, StatusLine, silent
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tiles of the pictures whose first token is timed; empty: none (default: %(default)s)")
     add("--repeat", type=int, default=3, metavar="N",
         help="times that a reading is timed; the median counts (default: %(default)s)")
-    add("--runtime", default="auto", choices=["auto", "onnxruntime", "executorch", "torch"])
+    add("--runtime", default="auto", choices=RUNTIME_NAMES)
     add("--provider", default="cpu", metavar="NAME", help="where it runs: cpu (default), cuda, ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
     add("--plot", type=Path, metavar="FILE", help="a PNG: decoding over context (needs matplotlib)")

@@ -14,6 +14,7 @@ from mmmamba_edge.dialogue import Dialogue
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.prefix import PrefixCache
 from mmmamba_edge.reduced_state import PRECISIONS
+from mmmamba_edge.runtimes import RUNTIME_NAMES, TORCH_BITS
 from mmmamba_edge.runtimes.base import Runner
 from mmmamba_edge.session import MAX_NEW_TOKENS, Session
 from mmmamba_edge.state import check_writable
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a picture for the first question; may be given again; sample:NAME for a sample")
     add("--prompt", metavar="TEXT", help="ask this, print the answer, end")
     add("--system", metavar="TEXT", help="system message (default: the model's own)")
-    add("--runtime", default="auto", choices=["auto", "onnxruntime", "executorch", "torch"])
+    add("--runtime", default="auto", choices=RUNTIME_NAMES)
     add("--provider", default="cpu", metavar="NAME", help="where it runs: cpu (default), cuda, ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
     add("--session", type=Path, metavar="FILE",
@@ -97,9 +98,9 @@ def open_model(args: argparse.Namespace) -> Runner:
             else "this installation has no embedded model; give the folder of a bundle"
         )
     is_checkpoint = (folder / "config.json").is_file() and not (folder / "manifest.json").is_file()
-    if args.runtime == "torch" and not is_checkpoint:
+    if args.runtime in TORCH_BITS and not is_checkpoint:
         raise UserError(f"{folder}: not a checkpoint, and --runtime torch serves those only")
-    if args.runtime != "torch" and is_checkpoint:
+    if args.runtime not in TORCH_BITS and is_checkpoint:
         raise UserError(
             f"{folder}: a checkpoint, not a bundle; serve it with --runtime torch, or make a "
             f"bundle of it: mmmamba-edge export {folder} --to onnx --out BUNDLE"

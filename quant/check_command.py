@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from mmmamba_edge.runtimes import RUNTIME_NAMES
 from mmmamba_edge.status import StatusLine
 
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for report.json and report.html; a report in it is replaced")  # fmt: skip
     add("--other", metavar="BUNDLE2", type=Path,
         help="another bundle of the same model, to be compared with this one")  # fmt: skip
-    add("--runtime", default="auto", choices=["auto", "onnxruntime", "executorch", "torch"])
+    add("--runtime", default="auto", choices=RUNTIME_NAMES)
     add("--tokens", type=int, default=20_000, metavar="N",
         help="positions to score, pictures not counted (default: %(default)s)")  # fmt: skip
     add("--thresholds", type=Path, metavar="FILE.toml",

@@ -82,7 +82,7 @@ def check(
     runner: Artefact = opener(bundle, runtime)
     manifest: Manifest | None = getattr(runner, "manifest", None)
     second: Artefact | None = None
-    allowed, origins = limits(manifest, thresholds or {}, str(bundle))
+    allowed, origins = limits(manifest, thresholds or {}, str(bundle), runner.quant)
     say("hashing the reference")
     model_id = source.weights_id()
     _same_model(runner, bundle, model_id, source)
@@ -136,7 +136,7 @@ def check(
         out["other"] = _cross(readings.cross, folder, manifest, Path(other), second)
     lines = judgements(out, allowed, manifest, gathered.spoken)
     out["limits"] = {
-        "scheme": scheme_of(manifest), "values": allowed, "from": origins,
+        "scheme": scheme_of(manifest, runner.quant), "values": allowed, "from": origins,
         "note": "the table is for models above 1B parameters",
     }  # fmt: skip
     out["judged"] = [asdict(line) for line in lines]
@@ -287,7 +287,8 @@ def _cross(
 def _bundle_facts(folder: Path, runner: Artefact, manifest: Manifest | None) -> dict[str, Any]:
     out = {
         "name": folder.name, "model_id": runner.model_id, "quant": runner.quant,
-        "scheme": scheme_of(manifest), **facts(runner), "variant": runner.config.variant,
+        "scheme": scheme_of(manifest, runner.quant), **facts(runner),
+        "variant": runner.config.variant,
         "state_bytes": runner.new_state().nbytes, "max_context": runner.max_context,
     }  # fmt: skip
     if manifest is not None:

@@ -18,6 +18,7 @@ from mmmamba_edge.export.verify import sqnr_db
 from mmmamba_edge.quant.accuracy import TEXT, Scores, figures
 from mmmamba_edge.quant.check_data import Item
 from mmmamba_edge.quant.check_read import Artefact, cuts
+from mmmamba_edge.reduced_state import reduce_state, restore_state
 from mmmamba_edge.runtimes.base import State
 from mmmamba_edge.status import Report, silent
 
@@ -198,16 +199,17 @@ def to_bfloat16(x: Floats) -> Floats:
 
 
 def to_float16(x: Floats) -> Floats:
-    """Rounded to nearest even, as float32."""
+    """Rounded to nearest even, as float32; infinite beyond its range."""
     with np.errstate(over="ignore"):
         return x.astype(np.float16).astype(np.float32)
 
 
-def to_int16(x: Floats) -> Floats:
-    """A scale for each row of each head (the last axis), as float32."""
-    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(32767)
-    return np.where(scale > 0, np.rint(x / np.where(scale > 0, scale, 1)) * scale, 0)
+def through(precision: str) -> Callable[[Floats], Floats]:
+    """What comes back of an SSD state that was kept so (reduced_state.py), as float32."""
+    return lambda x: restore_state(reduce_state({"0.ssm": x}, precision))["0.ssm"]
 
 
 _PLAIN = {"bfloat16": to_bfloat16, "float16": to_float16}
-FORMATS: dict[str, Callable[[Floats], Floats]] = {**_PLAIN, "int16": to_int16}
+FORMATS: dict[str, Callable[[Floats], Floats]] = {
+    "bfloat16": to_bfloat16, **{kind: through(kind) for kind in ("float16", "int16")}
+}  # fmt: skip

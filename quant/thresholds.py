@@ -85,10 +85,14 @@ POSITIONS_999 = 5000  # below, five positions or fewer lie beyond the percentile
 ANSWERS = 200  # below, flips are reported and not judged
 
 
-def scheme_of(manifest: Manifest | None) -> str:
-    """The row of TABLE that a bundle belongs to; None: a checkpoint in PyTorch."""
+# Of checkpoints in PyTorch whose layers bitsandbytes rounded while loading.
+ROUNDED = {"bnb-int8": "int8 weights and activations", "bnb-nf4": "int4 weights"}
+
+
+def scheme_of(manifest: Manifest | None, quant: str = "none") -> str:
+    """The row of TABLE of a bundle; None: a checkpoint in PyTorch, loaded as `quant`."""
     if manifest is None or manifest.quant == "none":
-        return "float32"
+        return ROUNDED.get(quant, "float32")
     if manifest.quant == "fp16":
         return "float16 products"
     if manifest.quant == "int8":
@@ -100,7 +104,10 @@ def scheme_of(manifest: Manifest | None) -> str:
 
 
 def limits(
-    manifest: Manifest | None, override: Mapping[str, float], bundle: str = "manifest"
+    manifest: Manifest | None,
+    override: Mapping[str, float],
+    bundle: str = "manifest",
+    quant: str = "none",
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The limits that hold, and where each is from.
 
@@ -108,8 +115,9 @@ def limits(
         manifest: the bundle's; its `settings["thresholds"]` win over the table.
         override: what the user asks; it wins over both.
         bundle: named in errors.
+        quant: of a checkpoint: the runner's.
     """
-    row = scheme_of(manifest)
+    row = scheme_of(manifest, quant)
     own = manifest.settings.get("thresholds", {}) if manifest else {}
     own = checked(own, f"{bundle}: settings.thresholds")
     found = {**ALIKE, **TABLE[row]}

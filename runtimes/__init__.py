@@ -1,5 +1,6 @@
 """The runtimes: one protocol (base.py), and `open_bundle`, which opens a model on one of them."""
 
+import importlib.util
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +13,10 @@ RUNTIMES = {
     "onnxruntime": "mmmamba_edge.runtimes.onnxruntime_runner:OnnxRuntimeRunner",
     "executorch": "mmmamba_edge.runtimes.executorch_runner:ExecuTorchRunner",
 }
+
+# PyTorch on checkpoints: as they are, or with layers rounded to so many bits while loading
+TORCH_BITS = {"torch": 0, "torch-int8": 8, "torch-nf4": 4}
+RUNTIME_NAMES = ("auto", *RUNTIMES, *TORCH_BITS)
 
 
 def open_bundle(
@@ -27,7 +32,8 @@ def open_bundle(
     Args:
         path: a bundle folder, or a .pte; with runtime "torch" a checkpoint folder; None: the model
             that comes with the package.
-        runtime: "auto" goes by the bundle; or "onnxruntime", "executorch", "torch".
+        runtime: "auto" goes by the bundle; or "onnxruntime", "executorch", "torch"; or
+            "torch-int8", "torch-nf4": a checkpoint with its layers rounded by bitsandbytes.
         threads: for one operator; None: the runtime's own choice.
         provider: where it runs: "cpu", "cuda", ... as far as the runtime was built for it.
         verify: True compares the SHA-256 of every file; False only sizes; None: hashes bundles
@@ -43,10 +49,10 @@ def open_bundle(
     path = DEFAULT_BUNDLE if path is None else path
     if threads is not None and threads < 1:
         raise UserError(f"threads is {threads}; expected a whole number above 0")
-    if runtime == "torch":
-        return _open_checkpoint(path, threads, provider)
-    if runtime != "auto" and runtime not in RUNTIMES:
-        raise UserError(f"runtime {runtime!r}: known are auto, torch, {', '.join(RUNTIMES)}")
+    if runtime in TORCH_BITS:
+        return _open_checkpoint(path, threads, provider, TORCH_BITS[runtime])
+    if runtime not in RUNTIME_NAMES:
+        raise UserError(f"runtime {runtime!r}: known are {', '.join(RUNTIME_NAMES)}")
     name = _runtime_of(Path(path))
     if runtime not in ("auto", name):
         raise UserError(
@@ -65,7 +71,7 @@ def _runtime_of(path: Path) -> str:
     return "executorch" if graph.endswith(".pte") else "onnxruntime"
 
 
-def _open_checkpoint(path: str | Path, threads: int | None, provider: str) -> Runner:
+def _open_checkpoint(path: str | Path, threads: int | None, provider: str, bits: int) -> Runner:
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -81,6 +87,11 @@ def _open_checkpoint(path: str | Path, threads: int | None, provider: str) -> Ru
             f"provider {provider!r}: this torch has no such device ({str(error).splitlines()[0]}); "
             "use cpu"
         ) from error
+    if bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"runtime torch-{'int8' if bits == 8 else 'nf4'} needs bitsandbytes, which is not "
+            "installed: pip install bitsandbytes"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchRunner.from_checkpoint(path, device=provider)
+    return TorchRunner.from_checkpoint(path, device=provider, bits=bits)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.bnb_layers import quantize_layers
 from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoint
 from mmmamba_edge.model.decoder import DEFAULT_CONTEXT, DecoderState, MMMamba
 from mmmamba_edge.model.layers import AttentionState
@@ -56,7 +57,7 @@ class TorchState:
 class TorchRunner:
     """A model in PyTorch behind the runtimes' protocol."""
 
-    quant = "none"
+    quant: str = "none"
 
     def __init__(
         self, model: MMMamba, *, model_id: str, tokenizer_dir: Path | None = None,
@@ -77,17 +78,31 @@ class TorchRunner:
     def from_checkpoint(
         cls, checkpoint: str | Path | Checkpoint, *, device: str = "cpu",
         dtype: torch.dtype | None = torch.float32, max_context: int = DEFAULT_CONTEXT,
+        bits: int = 0,
     ) -> "TorchRunner":  # fmt: skip
-        """Open a checkpoint folder, with the tokenizer files in it if there are any."""
+        """Open a checkpoint folder, with the tokenizer files in it if there are any.
+
+        Args:
+            checkpoint: the folder, or an open one.
+            device, dtype: of the weights.
+            max_context: tokens that attention layers keep.
+            bits: 8 or 4: layers rounded to bitsandbytes' int8 or NF4; 0: as they are.
+        """
         source = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
         files = ("tokenizer.json", "tokenizer.model")
         has_tokenizer = any((source.folder / name).is_file() for name in files)
-        return cls(
-            load_model(source, device, dtype),
+        model = load_model(source, "cpu" if bits else device, dtype)
+        if bits:
+            quantize_layers(model, bits)
+            model = model.to(device)
+        runner = cls(
+            model,
             model_id=source.weights_id(),
             tokenizer_dir=source.folder if has_tokenizer else None,
             max_context=max_context,
         )
+        runner.quant = {0: "none", 8: "bnb-int8", 4: "bnb-nf4"}[bits]
+        return runner
 
     @torch.inference_mode()
     def prefill(

@@ -171,7 +171,7 @@ def test_a_compiled_stage_learns_the_same(linear, tmp_path):
 
 
 def test_frozen_layers_are_rounded_and_checkpoints_are_not(tmp_path):
-    from mmmamba_edge.distill.frozen_bits import quantize_layers
+    from mmmamba_edge.model.bnb_layers import quantize_layers
 
     recipe = distilling.make(tmp_path)
     model = load_model(tmp_path / "teacher")

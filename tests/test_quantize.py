@@ -16,6 +16,7 @@ from mmmamba_edge.cli import main
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.to_onnx import export_onnx
+from mmmamba_edge.export.verify import sqnr_db
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint, save_checkpoint
 from mmmamba_edge.model.decoder import DecoderLayer
@@ -31,6 +32,7 @@ from mmmamba_edge.quant.quantize_units import Unit, measure_units, promoted
 from mmmamba_edge.quant.rotation import turned
 from mmmamba_edge.quant.rounding import quantize_clipped
 from mmmamba_edge.quant.stored import CODES, FACTS, QuantizedCheckpoint
+from mmmamba_edge.runtimes import open_bundle
 
 VARIANTS = ("linear", "hybrid")
 
@@ -408,3 +410,21 @@ def test_text_that_the_tokenizer_only_spells_is_refused(tmp_path, capsys):
     command = ["quantize", str(default), "--scheme", "int8", "--out", str(tmp_path / "q")]
     assert main(command) == 2
     assert "this model's tokenizer spells English" in capsys.readouterr().err
+
+
+# --- rounded while loading ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("runtime", "low", "high"), [("torch-int8", 30, 60), ("torch-nf4", 8, 30)])
+def test_layers_rounded_while_loading(runtime, low, high):
+    """bitsandbytes' int8 and NF4 in PyTorch: near, not equal; named in what sessions compare."""
+    pytest.importorskip("bitsandbytes")
+    folder = checkpoint("small", "hybrid")
+    ids = np.random.default_rng(3).integers(8, 300, 40)
+    plain, _ = open_bundle(folder, "torch").prefill(ids)
+    runner = open_bundle(folder, runtime)
+    got, state = runner.prefill(ids)
+    assert low < sqnr_db(got, plain) < high
+    assert runner.quant == f"bnb-{runtime.removeprefix('torch-')}"
+    again, _ = runner.step(9, state)
+    assert np.isfinite(again).all()

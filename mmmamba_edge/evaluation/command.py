@@ -12,6 +12,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.evaluation.answers_file import AnswersFile, Given
 from mmmamba_edge.evaluation.asking import ask, open_model, tile_limit, what_is_asked
 from mmmamba_edge.evaluation.task import TASKS, Task, format_lines, load_task
+from mmmamba_edge.runtimes import RUNTIME_NAMES
 from mmmamba_edge.runtimes.base import Runner
 from mmmamba_edge.status import StatusLine
 
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tiles", type=int, metavar="N",
         help="tiles of a picture at most (default: 6, or fewer if the model was made for fewer)")
     add("--split", choices=("val", "test"), default="test", help="of scenes (default: %(default)s)")
-    add("--runtime", default="auto", choices=["auto", "onnxruntime", "executorch", "torch"])
+    add("--runtime", default="auto", choices=RUNTIME_NAMES)
     add("--provider", default="cpu", metavar="NAME", help="where it runs: cpu (default), cuda, ...")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
     add("--json", action="store_true", help="print one JSON object")
