@@ -284,13 +284,17 @@ def plot(facts: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
+    middle = statistics.median(r["bytes"] for r in facts["rows"])
     for r in facts["rows"]:
+        right, bundle = r["bytes"] > 1.3 * middle, r["name"].endswith("Runtime)")
         peer = r["name"].startswith("llama.cpp")
         axes.plot(r["bytes"] / 2**20, r["mean_kld"], "s" if peer else "o",
                   color="tab:orange" if peer else "tab:blue")  # fmt: skip
-        axes.annotate(r["name"].partition(" (")[0] if peer else r["name"],
-                      (r["bytes"] / 2**20, r["mean_kld"]), fontsize=8,
-                      xytext=(5, 4), textcoords="offset points")  # fmt: skip
+        axes.annotate(
+            r["name"].partition(" (")[0] if peer else r["name"],
+            (r["bytes"] / 2**20, r["mean_kld"]), fontsize=8, textcoords="offset points",
+            xytext=(-7 if right else 7, 4 if bundle else -4), ha="right" if right else "left",
+        )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("decoder matrices (MiB)")
     axes.set_ylabel("mean KL from float32 (nats a token)")
