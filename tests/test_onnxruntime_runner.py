@@ -367,7 +367,7 @@ def test_open_bundle_finds_the_runtime():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"runtime": "tflite"}, "runtime 'tflite': known are auto, torch, onnxruntime"),
+        ({"runtime": "tflite"}, "runtime 'tflite': known are auto, onnxruntime, executorch, torch"),
         ({"runtime": "executorch"}, "made for onnxruntime, not for executorch; export the"),
         ({"threads": 0}, "threads is 0; expected a whole number above 0"),
         ({"provider": "abacus"}, "provider 'abacus': this onnxruntime has cpu"),
