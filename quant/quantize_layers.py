@@ -121,7 +121,7 @@ def _quantized(
 ) -> Part:  # fmt: skip
     tensors: Tensors = {name: p.detach().clone() for name, p in layer.named_parameters()}
     here = sites(kind)
-    hessians = _gather(layer, here, hidden, importance)
+    hessians = gather(layer, here, hidden, importance)
     part = Part()
     for site in here:
         choice, mean = plan.choice(prefix + site.coded[0]), hessians[site.name]
@@ -163,12 +163,19 @@ def _same_bits(site: Site, prefix: str, plan: Plan) -> None:
         )
 
 
-def _gather(
-    layer: DecoderLayer, here: tuple[Site, ...], hidden: list[Tensor], importance: list[Tensor]
-) -> dict[str, Tensor]:
-    """Mean x x^T of each site's input."""
-    found, weight = {}, torch.empty(0)
-    hooks = []
+def gather(
+    layer: DecoderLayer, here: tuple[Site, ...], hidden: list[Tensor],
+    importance: list[Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Mean x x^T of each site's input, (columns, columns) by the site's name.
+
+    Args:
+        layer: it reads `hidden`; what it says is not looked at.
+        here: its sites.
+        hidden: (1, tokens, hidden) of each sequence.
+        importance: (tokens,) weights of each; None: all alike.
+    """
+    found, weight, hooks = {}, None, []
     for site in here:
         module = layer.get_submodule(site.probe)
         found[site.name] = total = Hessian(module.in_features)  # pyright: ignore
@@ -177,7 +184,8 @@ def _gather(
             total.add(inputs[0].flatten(0, 1), weight)
 
         hooks.append(module.register_forward_pre_hook(add))  # pyright: ignore[reportArgumentType]
-    for x, weight in zip(hidden, importance, strict=True):  # noqa: B007  the hooks read it
+    for i, x in enumerate(hidden):
+        weight = None if importance is None else importance[i]
         layer(x, None)
     for hook in hooks:
         hook.remove()

@@ -16,9 +16,10 @@ from mmmamba_edge.model.checkpoints import Checkpoint, load_model
 from mmmamba_edge.model.decoder import DecoderLayer, MMMamba
 from mmmamba_edge.model.tensor_names import layer_prefix
 from mmmamba_edge.quant.folds import Site, sites
-from mmmamba_edge.quant.gptq import Hessian, quantize_gptq
+from mmmamba_edge.quant.gptq import quantize_gptq
 from mmmamba_edge.quant.plan import Plan
 from mmmamba_edge.quant.quantize_data import Calibration
+from mmmamba_edge.quant.quantize_layers import gather
 from mmmamba_edge.status import Report, silent
 
 TOKENS = 1024  # read for each unit; a unit's KL is a mean over them
@@ -75,7 +76,7 @@ def measure_units(
         for index, kind in enumerate(config.layer_types):
             prefix, layer = layer_prefix(config, index), model.layers[index]
             report("what each layer's matrices lose in 4 bits: layer", index, len(inputs))
-            hessians = _inputs_of(layer, sites(kind), inputs[index])
+            hessians = gather(layer, sites(kind), inputs[index])
             for site in sites(kind):
                 kl = _loss_of(model, index, layer, site, hessians[site.name], plan, inputs, wanted)
                 units.append(_unit(layer, site, prefix, plan, kl))
@@ -115,25 +116,6 @@ def _answers(model: MMMamba, x: Tensor) -> Tensor:
     """Log-probabilities (tokens, vocab_size) after the last layer."""
     language = model.language_model
     return F.log_softmax(language.output(language.model.norm(x[0])), dim=-1)
-
-
-def _inputs_of(
-    layer: DecoderLayer, here: tuple[Site, ...], streams: list[Tensor]
-) -> dict[str, Tensor]:
-    found, hooks = {}, []
-    for site in here:
-        module = layer.get_submodule(site.probe)
-        found[site.name] = total = Hessian(module.in_features)  # pyright: ignore
-
-        def add(_module, inputs: tuple[Tensor], total: Hessian = total) -> None:
-            total.add(inputs[0].flatten(0, 1))
-
-        hooks.append(module.register_forward_pre_hook(add))
-    for x in streams:
-        layer(x, None)
-    for hook in hooks:
-        hook.remove()
-    return {name: total.mean for name, total in found.items()}
 
 
 def _loss_of(
