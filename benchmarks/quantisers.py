@@ -27,6 +27,7 @@ import torch
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
 from mmmamba_edge.model.layers import split_wqkv
 from mmmamba_edge.model.tensor_names import layer_prefix
+from mmmamba_edge.quant.accuracy import log_softmax
 from mmmamba_edge.quant.builtin_text import topics
 from mmmamba_edge.quant.stored import QuantizedCheckpoint
 from mmmamba_edge.runtimes import open_bundle
@@ -80,10 +81,10 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     nll, read, total = 0.0, 0, args.tokens
     for ids in sequences(args.checkpoint, args.tokens):
         say("reading", read, total)
-        p = _log_softmax(reference(ids))
+        p = log_softmax(reference(ids))
         nll -= float(p[np.arange(len(ids) - 1), ids[1:]].sum())
         for side in sides:
-            q = _log_softmax(side.logits(ids))
+            q = log_softmax(side.logits(ids))
             side.kld.append((np.exp(p) * (p - q)).sum(1))
             side.same += int((p.argmax(1) == q.argmax(1)).sum())
             side.nll -= float(q[np.arange(len(ids) - 1), ids[1:]].sum())
@@ -240,12 +241,6 @@ def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 # --- figures --------------------------------------------------------------------------------------
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(1, keepdims=True)
-    return x - np.log(np.exp(x).sum(1, keepdims=True))
 
 
 def _row(side: Side, nll: float, read: int) -> dict[str, Any]:

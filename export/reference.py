@@ -17,7 +17,8 @@ from mmmamba_edge.config import Config
 from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Weights
 from mmmamba_edge.model.checkpoints import assign
 from mmmamba_edge.model.decoder import DecoderLayer, DecoderState
-from mmmamba_edge.model.layers import Attention, RMSNorm
+from mmmamba_edge.model.layers import Attention, AttentionState, RMSNorm
+from mmmamba_edge.model.mixer import MixerState
 from mmmamba_edge.model.vision import VisionEmbeddings, pixel_shuffle, pixel_shuffle_proj
 from mmmamba_edge.runtimes.torch_runner import TorchState
 
@@ -54,12 +55,7 @@ def read_streamed(
             hidden = [nn.functional.normalize(x, dim=-1, eps=0.0) for x in hidden]
         layer = load_layer(weights, index, kind)
         for i, x in enumerate(hidden):
-            mix = layer.attention
-            device, dtype = x.device, x.dtype
-            if isinstance(mix, Attention):
-                state = mix.new_state(1, x.shape[1], device, dtype)
-            else:
-                state = mix.new_state(1, device, dtype)  # pyright: ignore[reportCallIssue]
+            state = new_state(layer, x)
             hidden[i] = layer(x, None, state)
             kept[i].append(state)
         if progress:
@@ -68,6 +64,14 @@ def read_streamed(
         Reading(logits, TorchState(DecoderState(states, torch.tensor([len(logits)]))).arrays())
         for logits, states in zip(_logits(weights, hidden), kept, strict=True)
     ]
+
+
+def new_state(layer: DecoderLayer, x: Tensor) -> AttentionState | MixerState:
+    """A state of one layer that has read nothing, with room for `x` (1, tokens, hidden)."""
+    mix = layer.attention
+    if isinstance(mix, Attention):
+        return mix.new_state(1, x.shape[1], x.device, x.dtype)
+    return mix.new_state(1, x.device, x.dtype)  # pyright: ignore[reportCallIssue]
 
 
 def embedded(

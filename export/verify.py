@@ -24,6 +24,7 @@ from mmmamba_edge.config import Config
 from mmmamba_edge.errors import CheckFailed
 from mmmamba_edge.export.reference import Reading, read_streamed
 from mmmamba_edge.export.weights import Weights
+from mmmamba_edge.quant.accuracy import log_softmax
 from mmmamba_edge.runtimes.base import Runner, State
 from mmmamba_edge.runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from mmmamba_edge.status import Report, silent
@@ -283,17 +284,12 @@ def _db(signal: float, error: float) -> float:
 
 def kl_divergence(got: Floats, want: Floats) -> NDArray[np.float64]:
     """KL(want || got) of the distributions behind logits (positions, vocab_size), each position."""
-    p, q = _log_softmax(want), _log_softmax(got)
+    p, q = log_softmax(want), log_softmax(got)
     return (np.exp(p) * (p - q)).sum(axis=1)
 
 
 _EQUAL_DB = 200.0  # "no difference": more than float32 can express
 _ALL = ("sqnr_db", "worst_sqnr_db", "worst_state_sqnr_db")
-
-
-def _log_softmax(logits: Floats) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def _least(a: float, b: float) -> float:

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from mmmamba_edge.config import Config
-from mmmamba_edge.export.reference import embedded
+from mmmamba_edge.export.reference import embedded, new_state
 from mmmamba_edge.export.verify import link, sqnr_db
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import Manifest, is_cache
@@ -30,7 +30,6 @@ from mmmamba_edge.model.decoder import DecoderLayer
 from mmmamba_edge.model.tensor_names import layer_prefix
 from mmmamba_edge.quant.check_data import Item
 from mmmamba_edge.quant.check_read import Artefact, cuts
-from mmmamba_edge.quant.check_reference import new_state
 from mmmamba_edge.runtimes.base import State
 from mmmamba_edge.runtimes.onnxruntime_runner import OnnxRuntimeRunner, session_options
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mmmamba_edge.export.reference import embedded, final_norm, load_layer
+from mmmamba_edge.export.reference import embedded, final_norm, load_layer, new_state
 from mmmamba_edge.export.weights import HEAD, Weights
 from mmmamba_edge.model.decoder import DecoderLayer
-from mmmamba_edge.model.layers import Attention, AttentionState
+from mmmamba_edge.model.layers import AttentionState
 from mmmamba_edge.model.mixer import MixerState
 from mmmamba_edge.quant.check_data import Item
 from mmmamba_edge.status import Report, silent
@@ -75,11 +75,3 @@ def run_layer(layer: DecoderLayer, x: Tensor) -> AttentionState | MixerState:
         part = x[:, start : start + PIECE]
         part.copy_(layer(part, None, state))
     return state
-
-
-def new_state(layer: DecoderLayer, x: Tensor) -> AttentionState | MixerState:
-    """A state of one layer that has read nothing, with room for `x` (1, tokens, hidden)."""
-    mix = layer.attention
-    if isinstance(mix, Attention):
-        return mix.new_state(1, x.shape[1], x.device, x.dtype)
-    return mix.new_state(1, x.device, x.dtype)  # pyright: ignore[reportCallIssue]

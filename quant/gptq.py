@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_edge.quant.codes import Codes
-from mmmamba_edge.quant.rounding import grouped, rounded, search_scale, to_codes
+from mmmamba_edge.quant.rounding import rounded, search_scale, to_codes
 
 BLOCK = 128  # columns whose errors are gathered before they reach the columns behind
 DAMPING = 0.01  # of the mean diagonal, added to it: the inverse of a flat direction means nothing
@@ -101,6 +101,3 @@ def product_error(weight: Tensor, codes: Codes, hessian: Tensor) -> float:
 
 def _power(matrix: Tensor, hessian: Tensor) -> float:
     return float((matrix @ hessian).mul_(matrix).sum())
-
-
-__all__ = ["Hessian", "grouped", "product_error", "quantize_gptq"]

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.export.reference import embedded
+from mmmamba_edge.export.reference import embedded, load_layer
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import SINGLE, Checkpoint, assign
 from mmmamba_edge.model.decoder import DecoderLayer
@@ -104,7 +104,7 @@ def _layers(
         with torch.inference_mode():
             part = _load_part(file)
             if part is None:
-                layer = _built(stack, kind, source, prefix)
+                layer = load_layer(weights, index, kind)
                 part = _quantized(layer, kind, stack, prefix, hidden, importance, plan)
                 _save_part(part, file)
             if index + 1 < total:
@@ -224,14 +224,6 @@ def _rest(source: Checkpoint, plan: Plan, report: Report) -> Part:
 # --- modules and files ----------------------------------------------------------------------------
 
 
-def _built(stack: StackConfig, kind: str, source: Checkpoint, prefix: str) -> DecoderLayer:
-    with torch.device("meta"):
-        layer = DecoderLayer(stack, kind)
-    for name in layer.state_dict():
-        assign(layer, name, source.get(prefix + name).float().clone())
-    return layer
-
-
 def _rebuilt(stack: StackConfig, kind: str, part: Part, prefix: str) -> DecoderLayer:
     """The layer with the numbers that its codes stand for."""
     with torch.device("meta"):
@@ -290,11 +282,9 @@ def _save_part(part: Part, path: Path) -> None:
 def _load_part(path: Path) -> Part | None:
     if not path.is_file():
         return None
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         notes = json.loads(file.metadata()["part"])
-    tensors = load_file(path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     codings = {name: Coding(**coding) for name, coding in notes["codings"].items()}
     codes = {
         name: unpack_codes(
