@@ -6,7 +6,12 @@
 The plain step does what the original's does (spec 6.2, 6.3): attention matrices in full, one
 backward pass for all layers at the end, both models' logits in float32. Ours is `distill`'s. Both
 run on the same random weights and tokens, each in a process of its own, and their losses must
-agree. Time is the median of a few steps; memory the peak above what models and optimiser hold.
+agree. Time is the median of a few steps without the optimiser's; memory the peak above what models
+and optimiser hold, and in all.
+
+MFU (model FLOP utilisation) is the arithmetic that a step cannot do without (`step_flops`:
+products, causal attention and the SSD; nothing computed again) over the time and the card's dense
+bfloat16 peak.
 """
 
 import argparse
@@ -16,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, get_args
 
 import torch
@@ -26,7 +31,7 @@ from torch import Tensor
 from mmmamba_edge.bench import peak_bytes
 from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.distill.batches import Batch
-from mmmamba_edge.distill.distill_recipe import LogitsConfig, MatchingConfig
+from mmmamba_edge.distill.distill_recipe import LogitsConfig, MatchingConfig, SecondConfig
 from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.layer_matching import SCALE, LayerMatching
 from mmmamba_edge.distill.logit_matching import LogitMatching
@@ -38,9 +43,13 @@ from mmmamba_edge.distill.student import (
 )
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.layers import Attention
-from mmmamba_edge.model.mixer import Mamba2Mixer
+from mmmamba_edge.model.mixer import Mamba2Mixer, conv_kernel
 from mmmamba_edge.model.recompute import Recompute
+from mmmamba_edge.model.ssd import mamba_kernel
 
+STAGES = {1: MatchingConfig(), 2: SecondConfig(), 3: LogitsConfig()}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, NVIDIA data sheets
+CHUNK = 64  # of the SSD
 SIZES = {  # hidden, MLP, heads, key/value heads, layers of the two halves, vocabulary
     "small": (512, 1536, 8, 4, 2, 6, 32_000),
     "full": (2048, 8192, 16, 8, 8, 24, 92_553),
@@ -52,30 +61,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--tokens", default="1024,4096", help="lengths of the one row")
-    parser.add_argument("--stages", default="1,3")
+    parser.add_argument("--stages", default="1,2,3")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeat", type=int, default=3, help="timed steps, after one to warm up")
     parser.add_argument(
         "--recompute", default="layers", choices=get_args(Recompute), help="of ours, in stage 3"
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours")
+    parser.add_argument("--ours-only", action="store_true", help="leave the plain step out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     rows = []
     for stage in map(int, args.stages.split(",")):
         for tokens in map(int, args.tokens.split(",")):
             case = {"size": args.size, "stage": stage, "tokens": tokens, "device": args.device}
-            more = {"repeat": args.repeat, "recompute": args.recompute}
-            found = {kind: _alone(kind=kind, **more, **case) for kind in ("plain", "ours")}
-            if "error" not in found["plain"]:
-                torch.testing.assert_close(
-                    found["ours"]["loss"], found["plain"]["loss"], rtol=2e-2, atol=0
-                )
+            more = {"repeat": args.repeat, "recompute": args.recompute, "compiled": args.compile}
+            kinds = ("ours",) if args.ours_only else ("plain", "ours")
+            found = {kind: _alone(kind=kind, **more, **case) for kind in kinds}
+            losses = [side["loss"] for side in found.values() if "loss" in side]
+            torch.testing.assert_close(losses[-1:], losses[:1], rtol=2e-2, atol=0)
             rows.append({**case, **found})
             if not args.json:
                 print(_line(rows[-1]), file=sys.stderr)
     about = {"torch": torch.__version__, "cores": os.cpu_count(), "repeat": args.repeat}
     if args.device == "cuda":
         about["card"] = torch.cuda.get_device_name()
+        about["SSD"] = "mamba-ssm" if mamba_kernel() else "PyTorch"
+        about["conv"] = "causal-conv1d" if conv_kernel() else "PyTorch"
+    if args.compile:
+        about["compiled"] = True
     print(json.dumps({**about, "rows": rows}) if args.json else _table(about, rows))
     return 0
 
@@ -88,28 +102,25 @@ def _alone(**case: Any) -> dict[str, Any]:
 
 
 def measure(
-    *,
-    kind: str,
-    stage: int,
-    size: str,
-    tokens: int,
-    device: str,
-    repeat: int,
-    recompute: Recompute,
-) -> dict[str, Any]:
-    """Seconds a step, peak GiB above the models, loss; or an error: out of memory."""
+    *, kind: str, stage: int, size: str, tokens: int, device: str, repeat: int,
+    recompute: Recompute, compiled: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds a step, GiB at the peak (of the step alone, and in all), loss, FLOP and MFU.
+
+    Or an error: out of memory.
+    """
     torch.manual_seed(0)
     teacher, mixers = _models(size, device)
-    train_only(mixers, (MatchingConfig() if stage == 1 else LogitsConfig()).train)
+    train_only(mixers, STAGES[stage].train)
     share_output_projection(teacher, mixers)
     ids = torch.randint(10, teacher.config.vocab_size, (1, tokens), device=device)
     batch = Batch(ids, torch.tensor([tokens], device=device), torch.ones(1, tokens, device=device))
     engine = Engine(device, bf16=device == "cuda")
-    step = _step(kind, stage, teacher, mixers, engine, batch, recompute)
+    step = _step(kind, stage, teacher, mixers, engine, batch, recompute, compiled)
     parameters = [p for mixer in mixers.values() for p in mixer.parameters() if p.requires_grad]
     seconds, loss, before = [], 0.0, _memory(device)
     try:
-        for _ in range(repeat + 1):
+        for _ in range(repeat + 1 + compiled):
             began = time.perf_counter()
             loss = float(step())
             seconds.append(time.perf_counter() - began)
@@ -117,12 +128,46 @@ def measure(
                 p.grad = None
     except (torch.OutOfMemoryError, RuntimeError) as error:
         return {"error": str(error).partition("\n")[0]}
-    peak = _peak(device) - before
-    trained = sum(p.numel() for p in parameters)
-    return {
-        "seconds": statistics.median(seconds[1:]), "peak_gib": peak, "loss": loss,
-        "tokens_per_s": tokens / statistics.median(seconds[1:]), "trained": trained,
+    peak, median = _peak(device), statistics.median(seconds[-repeat:])
+    flops = tokens * step_flops(stage, teacher.config, STAGES[stage].train, tokens)
+    found = {
+        "seconds": median, "peak_gib": peak - before, "peak_gib_in_all": peak, "loss": loss,
+        "tokens_per_s": tokens / median, "trained": sum(p.numel() for p in parameters),
+        "flops": flops,
     }  # fmt: skip
+    card = torch.cuda.get_device_name() if device == "cuda" else ""
+    if limit := next((flop for name, flop in PEAK.items() if name in card), None):
+        found["mfu"] = flops / median / limit
+    return found
+
+
+def step_flops(stage: int, config: Config, train: Collection[str], tokens: int) -> float:
+    """Model FLOPs of a token: what the stage's mathematics needs, with nothing done twice.
+
+    A product costs two per weight, forward; again two for its input's gradient and two for its
+    weight's, where they are asked for. Stages 1 and 2 ask for weights' only: a layer's input is the
+    teacher's, and nothing else is behind it. Attention reads half of `tokens` on average. The SSD
+    is counted in chunks of 64, forward and twice that backward.
+    """
+    stack, vocab = config.llm, config.vocab_size
+    hidden, key_value, layers = stack.hidden_size, stack.key_value_dim, len(config.layer_types)
+    heads, head_dim = stack.num_attention_heads, stack.head_dim
+    mixer = {
+        "q_proj.weight": hidden * hidden, "k_proj.weight": hidden * key_value,
+        "v_proj.weight": hidden * key_value, "g_proj.weight": hidden * hidden,
+        "in_proj.weight": hidden * heads, "o_proj.weight": hidden * hidden,
+    }  # fmt: skip
+    mlp = 3 * hidden * stack.intermediate_size
+    attention = 2 * hidden * (hidden + key_value) + 2 * hidden * tokens / 2
+    ssd = heads * (CHUNK / 2 * 2 * head_dim + 2 * head_dim * head_dim)
+    learnt = sum(size for name, size in mixer.items() if name in train)
+    read_by_teacher = 2 * layers * (attention + mlp)
+    if stage < 3:
+        heads_only = sum(mixer.values()) - mixer["o_proj.weight"]
+        return read_by_teacher + layers * (2 * heads_only + 3 * 2 * ssd + 2 * learnt)
+    student = sum(mixer.values()) + mlp
+    through_student = layers * (2 * 2 * student + 3 * 2 * ssd + 2 * learnt)
+    return read_by_teacher + through_student + 3 * 2 * hidden * vocab
 
 
 def _models(size: str, device: str) -> tuple[MMMamba, dict[int, Mamba2Mixer]]:
@@ -150,16 +195,16 @@ def _models(size: str, device: str) -> tuple[MMMamba, dict[int, Mamba2Mixer]]:
 
 def _step(
     kind: str, stage: int, teacher: MMMamba, mixers: dict[int, Mamba2Mixer], engine: Engine,
-    batch: Batch, recompute: Recompute,
+    batch: Batch, recompute: Recompute, compiled: bool,
 ) -> Callable[[], Tensor]:  # fmt: skip
     if kind == "ours":
-        if stage == 1:
-            ours = LayerMatching(teacher, mixers, engine)
+        if stage < 3:
+            ours = LayerMatching(teacher, mixers, engine, compiled=compiled)
         else:
-            ours = LogitMatching(teacher, mixers, engine, recompute=recompute)
+            ours = LogitMatching(teacher, mixers, engine, recompute=recompute, compiled=compiled)
         weight = float(batch.weights.sum())
         return lambda: ours.backward(batch, 1 / weight)
-    plain = plain_matching if stage == 1 else plain_logits
+    plain = plain_matching if stage < 3 else plain_logits
     student = assemble(teacher, mixers)
 
     def step() -> Tensor:
@@ -236,30 +281,30 @@ def _line(row: dict[str, Any]) -> str:
 
 def _table(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| stage | tokens | plain s | ours s | faster | plain GiB | ours GiB | less |",
-        "|---|---|---|---|---|---|---|---|",
+        "| stage | tokens | plain s | ours s | faster | MFU | plain GiB | ours GiB | less | all |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        plain, ours = row["plain"], row["ours"]
-        if "error" in plain:
-            cells = [
-                "out of memory",
-                f"{ours['seconds']:.2f}",
-                "",
-                "",
-                f"{ours['peak_gib']:.2f}",
-                "",
-            ]
-        else:
-            cells = [
-                f"{plain['seconds']:.2f}", f"{ours['seconds']:.2f}",
-                f"{plain['seconds'] / ours['seconds']:.2f}x",
-                f"{plain['peak_gib']:.2f}", f"{ours['peak_gib']:.2f}",
-                f"{plain['peak_gib'] / ours['peak_gib']:.1f}x",
-            ]  # fmt: skip
+        plain, ours = row.get("plain", {}), row["ours"]
+        cells = [
+            _number(plain, "seconds", ".3f"), _number(ours, "seconds", ".3f"),
+            _ratio(plain, ours, "seconds"), _number(ours, "mfu", ".1%"),
+            _number(plain, "peak_gib", ".2f"), _number(ours, "peak_gib", ".2f"),
+            _ratio(plain, ours, "peak_gib"), _number(ours, "peak_gib_in_all", ".1f"),
+        ]  # fmt: skip
         lines.append("| " + " | ".join([str(row["stage"]), str(row["tokens"]), *cells]) + " |")
     head = ", ".join(f"{key} {value}" for key, value in about.items())
     return "\n".join([head, *lines] if head else lines)
+
+
+def _number(side: dict[str, Any], key: str, form: str) -> str:
+    if "error" in side:
+        return "out of memory" if "memory" in side["error"] else side["error"]
+    return format(side[key], form) if key in side else ""
+
+
+def _ratio(plain: dict[str, Any], ours: dict[str, Any], key: str) -> str:
+    return f"{plain[key] / ours[key]:.1f}x" if key in plain and key in ours else ""
 
 
 if __name__ == "__main__":

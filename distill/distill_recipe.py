@@ -142,7 +142,7 @@ class EngineConfig:
         optimizer: "adamw", or "adamw8bit" (bitsandbytes).
         shard: FSDP2 instead of DDP: trained weights, gradients and optimiser state are spread over
             the processes.
-        compile: torch.compile the mixers.
+        compile: torch.compile the mixers and what of the models lies around them.
     """
 
     bf16: bool = True

@@ -84,7 +84,7 @@ class LayerMatching:
         engine: where it runs.
         match: what of a layer is compared.
         relative: whether each layer's error is divided by its target's mean square.
-        compiled: torch.compile the mixers.
+        compiled: torch.compile the mixers, and the teacher's norms and MLPs.
     """
 
     def __init__(
@@ -95,8 +95,14 @@ class LayerMatching:
         self._match: Match = match
         layers = sorted(mixers)
         units = [MatchedMixer(mixers[i], match, relative) for i in layers]
-        for unit in units if compiled else ():
-            engine.compile(unit)
+        if compiled:
+            # Of the teacher only what has no hooks inside.
+            frozen = (
+                part for layer in teacher.layers
+                for part in (layer.attention_norm, layer.ffn_norm, layer.feed_forward)
+            )  # fmt: skip
+            for part in (*units, *frozen):
+                engine.compile(part)
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
         self._weights: Tensor | None = None

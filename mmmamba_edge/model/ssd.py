@@ -147,6 +147,7 @@ def _load_mamba_kernel() -> Callable[..., tuple[Tensor, Tensor]] | None:
     return module.mamba_chunk_scan_combined
 
 
+@torch.compiler.disable()  # its kernels' tuning hooks are more than torch.compile takes in
 def _chunked_by(
     kernel: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor | None, chunk: int,
