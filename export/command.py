@@ -10,6 +10,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.pte_backends import BACKENDS
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.quant.codes import GROUPS
+from mmmamba_edge.quant.thresholds import read as read_thresholds
 from mmmamba_edge.status import Report, StatusLine
 
 
@@ -78,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="of a quantised checkpoint: the one that it was made of, for accuracy.json",
     )
+    add(
+        "--thresholds",
+        metavar="FILE",
+        type=Path,
+        help="limits for `check` that the bundle carries instead of its scheme's, for a small "
+        "model (docs/accuracy.md)",
+    )
     add("--json", action="store_true", help="print one JSON object: the verification figures")
     parser.epilog = (
         "example: mmmamba-edge export weights/mmMamba-linear --to onnx --out build/linear "
@@ -97,6 +105,7 @@ def _export(args: argparse.Namespace, report: Report) -> Manifest:
     options: dict[str, Any] = {
         "quant": args.quant, "group_size": args.group_size, "max_context": args.max_context,
         "accuracy": args.accuracy, "reference": args.reference, "report": report,
+        "thresholds": read_thresholds(args.thresholds) if args.thresholds else None,
     }  # fmt: skip
     if args.to == "onnx":
         if args.backend:

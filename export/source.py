@@ -1,5 +1,6 @@
 """What every export asks of a checkpoint: whether it can be, for how many tokens, its tokenizer."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import TOKENIZER
 from mmmamba_edge.model.checkpoints import Checkpoint, open_checkpoint
 from mmmamba_edge.model.decoder import DEFAULT_CONTEXT
+from mmmamba_edge.quant.thresholds import checked
 from mmmamba_edge.tokenizer import save_tokenizer_files
 
 
@@ -81,6 +83,11 @@ def rope_setting(config: Config) -> dict[str, str]:
     if any(s.rope_scaling and s.rope_scaling.type == "dynamic" for s in attending(config)):
         return {"rope": "plain base: dynamic NTK would begin beyond max_position_embeddings"}
     return {}
+
+
+def threshold_setting(limits: Mapping[str, float] | None) -> dict[str, Any]:
+    """What a manifest says of the limits that `check` holds its bundle to; UserError: unknown."""
+    return {"thresholds": checked(dict(limits), "thresholds")} if limits else {}
 
 
 def codes_setting(weights: Weights) -> dict[str, Any]:

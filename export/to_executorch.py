@@ -1,7 +1,7 @@
 """A checkpoint becomes one .pte for phones: three methods lowered, verified, then put in place."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mmmamba_edge.export.source import (
     copy_tokenizer,
     exportable,
     rope_setting,
+    threshold_setting,
 )
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.weights import Weights, open_weights
@@ -50,6 +51,7 @@ def export_executorch(
     backend: str = "xnnpack",
     accuracy: bool = True,
     reference: str | Path | Checkpoint | None = None,
+    thresholds: Mapping[str, float] | None = None,
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -66,6 +68,7 @@ def export_executorch(
         accuracy: put `accuracy.json` into a quantised bundle (quant/check_quick.py).
         reference: what that compares with; None: the checkpoint, unless it is a quantised one, of
             which there is then no such report.
+        thresholds: limits that `check` holds this bundle to instead of its scheme's.
         report: told what is being done, and how far.
 
     Returns:
@@ -90,7 +93,7 @@ def export_executorch(
         }
         if weights.scheme.bits:
             settings["activations"] = "8 bits a token, asymmetric"
-        settings |= rope_setting(config)
+        settings |= rope_setting(config) | threshold_setting(thresholds)
         manifest = Manifest(
             producer=f"mmmamba-edge {mmmamba_edge.__version__}",
             model_id=source.weights_id(),

@@ -1,5 +1,6 @@
 """A checkpoint becomes an ONNX bundle: three graphs written, verified, then put in place."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmmamba_edge.export.source import (
     copy_tokenizer,
     exportable,
     rope_setting,
+    threshold_setting,
 )
 from mmmamba_edge.export.verify import verify
 from mmmamba_edge.export.vision_graph import write_embed, write_vision
@@ -45,6 +47,7 @@ def export_onnx(
     ort: bool = False,
     accuracy: bool = True,
     reference: str | Path | Checkpoint | None = None,
+    thresholds: Mapping[str, float] | None = None,
     report: Report | None = None,
 ) -> Manifest:
     """Write the bundle folder `out`, verified against PyTorch; on any failure nothing is left.
@@ -63,6 +66,7 @@ def export_onnx(
         accuracy: put `accuracy.json` into a quantised bundle (quant/check_quick.py).
         reference: what that compares with; None: the checkpoint, unless it is a quantised one, of
             which there is then no such report.
+        thresholds: limits that `check` holds this bundle to instead of its scheme's.
         report: told what is being done, and how far.
 
     Returns:
@@ -96,7 +100,7 @@ def export_onnx(
             state=state_layout(config, context, kept),
             max_context=context,
             tokenizer=tuple(tokenizer),
-            settings=_settings(weights, DIALECTS[ops]),
+            settings=_settings(weights, DIALECTS[ops]) | threshold_setting(thresholds),
         )
         manifest = write_manifest(folder, manifest)
         say("verifying against PyTorch")

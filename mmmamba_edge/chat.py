@@ -14,6 +14,7 @@ from mmmamba_edge.dialogue import Dialogue
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.prefix import PrefixCache
 from mmmamba_edge.reduced_state import PRECISIONS
+from mmmamba_edge.resting import check_heads
 from mmmamba_edge.runtimes import RUNTIME_NAMES, TORCH_BITS
 from mmmamba_edge.runtimes.base import Runner
 from mmmamba_edge.session import MAX_NEW_TOKENS, Session
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--session-state", default="float32", choices=PRECISIONS,
         help="how session files keep the state: float32 (default), exact; int16 or float16, half "
         "the size")
+    add("--state-memory", default="float32", choices=PRECISIONS,
+        help="how a state waits in memory between turns: float32 (default), exact; int16 or "
+        "float16, half the size, refused where a head of the model would stagnate")
     add("--allow-other-quant", action="store_true",
         help="go on although the session was held with another quantisation of the model")
     add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N",
@@ -63,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if args.session is not None:
         check_writable(args.session)  # rather than after an answer that cannot be kept
     runner = open_model(args)
-    cache = None if args.prompt is not None else PrefixCache()  # one question reuses nothing
+    check_heads(runner, args.state_memory)
+    cache = None  # one question reuses nothing
+    if args.prompt is None:
+        cache = PrefixCache(precision=args.state_memory)
     if args.session is not None and args.session.exists():
         session = Session.load(
             args.session, runner, allow_other_quant=args.allow_other_quant, prefix_cache=cache

@@ -142,6 +142,7 @@ class Dialogue:
         terminal.say_if_watched(self._after(answer))
 
     def _keep(self) -> None:
+        self.session.rest(self.args.state_memory)
         if self.args.session is not None:
             self.session.save(self.args.session, self.args.session_state)
 

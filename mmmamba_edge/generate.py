@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.resting import RestingState
 from mmmamba_edge.runtimes.base import Runner, State
 from mmmamba_edge.sampling import Sampler
 
@@ -27,13 +28,19 @@ Reason = Literal["stop", "length", "context", "closed"]
 class Position:
     """Where a conversation stands."""
 
-    state: State
+    state: State | RestingState
     logits: NDArray[np.float32]  # (vocab,) after the last token read; our own copy
     pending: int | None = None  # a token said but not read yet; `logits` are older then
 
     def copy(self) -> "Position":
         """An independent copy."""
         return Position(self.state.copy(), self.logits.copy(), self.pending)
+
+    def wake(self, runner: Runner) -> State:
+        """The state, given back to the runner if it was put by."""
+        if isinstance(self.state, RestingState):
+            self.state = runner.load_state(self.state.arrays(), self.state.tokens)
+        return self.state
 
 
 class Generation:
@@ -94,7 +101,8 @@ class Generation:
         position = self.position
         assert position.pending is not None
         with interrupts_wait():
-            logits, position.state = self.runner.step(position.pending, position.state)
+            state = position.wake(self.runner)
+            logits, position.state = self.runner.step(position.pending, state)
             position.logits[:] = logits  # the runner may use its buffer again
             position.pending = None
             self.steps += 1

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.reduced_state import reduce_state, restore_state
+from mmmamba_edge.resting import check_heads
 from mmmamba_edge.runtimes.base import Progress, Runner, State
-from mmmamba_edge.state import Tensors, read_tensors, write_tensors
+from mmmamba_edge.state import REDUCED, VERSION, Tensors, read_tensors, write_tensors
 
 SNAPSHOT = "mmmamba-edge prefix snapshot"  # the kind of file
 
@@ -43,10 +45,16 @@ class PrefixCache:
         max_bytes: room for all of them, in memory and again in `folder`.
         folder: keep them here as well, one safetensors file (mode 0600) each, for later runs. The
             files hold what was said and shown, so the folder should be private.
+        precision: of the snapshots: "float32", exact; "int16" or "float16", half the size, where
+            the model allows it (resting.py).
     """
 
-    def __init__(self, max_bytes: int = 128 << 20, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, max_bytes: int = 128 << 20, folder: str | Path | None = None,
+        precision: str = "float32",
+    ) -> None:  # fmt: skip
         self.max_bytes = max_bytes
+        self.precision = precision
         self.folder = None if folder is None else Path(folder)
         self._kept: OrderedDict[str, Snapshot] = OrderedDict()
 
@@ -77,10 +85,11 @@ class PrefixCache:
         Returns:
             Logits (vocab_size,), the state, and how many ids did not have to be read.
         """
+        check_heads(runner, self.precision)
         parts = _parts(runner, input_ids, pixel_values, opening)
         keys: list[str] = []
         for part in parts[:-1]:
-            keys.append(prefix_key(runner, keys[-1] if keys else "", part.ids, part.pixels))
+            keys.append(prefix_key(runner, keys[-1] if keys else self._root, part.ids, part.pixels))
         state, known = self._longest(runner, keys)
         logits = np.zeros(0, np.float32)
         for number, part in enumerate(parts[known:], known):
@@ -110,7 +119,7 @@ class PrefixCache:
 
     def put(self, key: str, state: State) -> None:
         """Keep a copy of `state` under `key`, unless it alone is larger than `max_bytes`."""
-        snapshot = Snapshot(dict(state.arrays()), state.tokens)
+        snapshot = Snapshot(reduce_state(state.arrays(), self.precision), state.tokens)
         if key in self._kept or snapshot.nbytes > self.max_bytes:
             return
         self._keep(key, snapshot)
@@ -121,13 +130,18 @@ class PrefixCache:
                 _log.warning("prefix snapshots are kept in memory only from here on: %s", error)
                 self.folder = None
 
+    @property
+    def _root(self) -> str:
+        """What keys begin with: equal keys mean equal states, rounding included."""
+        return "" if self.precision == "float32" else self.precision
+
     def _longest(self, runner: Runner, keys: list[str]) -> tuple[State | None, int]:
         """The state after as many parts as are kept, and how many those are."""
         for known in range(len(keys), 0, -1):
             snapshot = self.get(keys[known - 1])
             if snapshot is not None:
                 try:
-                    return runner.load_state(snapshot.arrays, snapshot.tokens), known
+                    return runner.load_state(restore_state(snapshot.arrays), snapshot.tokens), known
                 except UserError as error:  # a file from elsewhere under this name
                     _log.warning("prefix snapshot %s: %s", keys[known - 1], error)
         return None, 0
@@ -140,7 +154,8 @@ class PrefixCache:
     def _write(self, folder: Path, key: str, snapshot: Snapshot) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / _file_name(key)
-        write_tensors(path, SNAPSHOT, snapshot.arrays, {"tokens": str(snapshot.tokens)})
+        version = VERSION if self.precision == "float32" else REDUCED
+        write_tensors(path, SNAPSHOT, snapshot.arrays, {"tokens": str(snapshot.tokens)}, version)
         ours = folder.glob(_file_name("*"))  # no other file is ours to remove
         oldest_first = sorted(ours, key=lambda f: f.stat().st_mtime_ns)
         total = sum(file.stat().st_size for file in oldest_first)

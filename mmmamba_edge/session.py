@@ -20,6 +20,7 @@ from mmmamba_edge.generate import Generation, Position, check_limit
 from mmmamba_edge.image import image_tiles
 from mmmamba_edge.prefix import PrefixCache
 from mmmamba_edge.prompt import get_template
+from mmmamba_edge.resting import RestingState, put_by
 from mmmamba_edge.runtimes.base import Progress, Runner
 from mmmamba_edge.sampling import Sampler
 from mmmamba_edge.state import Record, Tensors, load_session, save_session
@@ -110,14 +111,13 @@ class Session:
         sampler.see(ids)
 
         before = self._answer
-        kept = before.position.state.copy() if before else None  # prefill uses the given one up
+        state = before.position.wake(self.runner) if before else None
+        kept = state.copy() if state else None  # prefill uses the given one up
         try:
             pixels = np.concatenate(tiles) if tiles else None
             reused = 0
             if before is not None:
-                logits, state = self.runner.prefill(
-                    ids, pixels, before.position.state, progress=progress
-                )
+                logits, state = self.runner.prefill(ids, pixels, state, progress=progress)
             elif self.prefix_cache is None:
                 logits, state = self.runner.prefill(ids, pixels, progress=progress)
             else:
@@ -174,6 +174,22 @@ class Session:
         )
         twin._answer = None if self._answer is None else self._answer.copy()
         return twin
+
+    def rest(self, precision: str = "int16") -> None:
+        """Put the state by in half its memory; whatever reads on wakes it.
+
+        Args:
+            precision: "int16" (a scale for each row) or "float16"; "float32" changes nothing.
+
+        Raises:
+            UserError: a head of this model remembers longer than the precision can follow, or the
+                state is beyond it; the session is what it was.
+        """
+        if self._answer is None or precision == "float32":
+            return
+        position = self._answer.position
+        if not isinstance(position.state, RestingState):
+            position.state = put_by(self.runner, position.state, precision)
 
     def reset(self) -> None:
         """Forget everything but the system message."""

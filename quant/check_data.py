@@ -25,14 +25,12 @@ from mmmamba_edge.distill.conversations import BadRow, Row, parse_row
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.prompt import Prompt, check_unicode, get_template
 from mmmamba_edge.quant.accuracy import ANSWER, IMAGE, TEXT
-from mmmamba_edge.quant.builtin_text import topics
+from mmmamba_edge.quant.builtin_text import foreign, topics
 from mmmamba_edge.tokenizer import Tokenizer, check_tokenizer
 
 Floats = NDArray[np.float32]
 
 LENGTH = 1024  # tokens of a text sequence, but for one long one, which takes half of the text
-UNKNOWN = 0.2  # share of unknown tokens from which a tokenizer cannot say a text
-SPELLING = 2.0  # characters a token; below, a tokenizer spells general text out
 ART = Path("cache/art")  # where the scenes' artwork is, if it was built (docs/scenes.md)
 QUESTIONS = 8  # about a sample picture, in one conversation
 ROUNDS = 3  # conversations about each sample picture
@@ -180,16 +178,6 @@ class _Reader:
             yield Item(f"{name} {number}", part, np.zeros(len(part), np.bool_))
             start, number = start + size, number + 1
 
-    def says(self, text: str) -> str:
-        """Why the tokenizer cannot say such text; empty if it can."""
-        ids = self.tokenizer.encode_text(text)
-        unknown = sum(i == self.tokenizer.unknown_id for i in ids) / max(len(ids), 1)
-        if unknown > UNKNOWN:
-            return f"{unknown:.0%} of its tokens are unknown to this model's tokenizer"
-        if len(text) < SPELLING * len(ids):
-            return f"this model's tokenizer spells it out ({len(text) / len(ids):.1f} characters)"
-        return ""
-
     def rows(self, rows: Iterable[Row], tokens: int, max_tiles: int = MAX_TILES) -> Iterator[Item]:
         """Conversations, until there are `tokens` positions beside those of pictures."""
         found = 0
@@ -218,7 +206,7 @@ class _Reader:
 
 def _builtin(reader: _Reader, tokens: int, scratch: Path, art: Path) -> None:
     data, texts = reader.data, [text for _, text in topics("evaluation")]
-    why_not = reader.says(texts[0])
+    why_not = foreign(reader.tokenizer, texts[0])
     talks = reader.sees()
     if why_not and talks:
         data.notes.append(f"no general text: {why_not}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmmamba_edge.quant.check_verdict import shown
 from mmmamba_edge.quant.svg_chart import Axis, Series, chart
+from mmmamba_edge.resting import HOLDS
 
 MIB = 2**20
 FIGURES = {
@@ -158,7 +159,34 @@ def _charts(report: dict[str, Any]) -> str:
             f"float32 state. At the end: layer {worst['layer']}, head {worst['head']}."
         )
         cards.append(_card("Drift of the state", note, picture))
+    if report["state"]["memory"]:
+        cards.append(_memory_card(report["state"]))
     return f'<section class="charts">{"".join(cards)}</section>'
+
+
+def _memory_card(state: dict[str, Any]) -> str:
+    """Each head's memory, by layer."""
+    heads = [
+        (int(layer), head, tokens)
+        for layer, row in state["memory"].items()
+        for head, tokens in enumerate(row)
+    ]
+    kind = state["drift"]["format"] if state["drift"] else "int16"
+    picture = chart(
+        [
+            Series(
+                "", [(layer, tokens) for layer, _, tokens in heads], marks="points",
+                titles=[f"layer {a}, head {b}: {tokens:,.0f} tokens" for a, b, tokens in heads],
+            )
+        ],
+        Axis("layer", whole=True), Axis("tokens", log=True), limit=HOLDS[kind],
+        alt="how long each head remembers",
+    )  # fmt: skip
+    note = (
+        "After how many tokens what a head was told has faded to 1/e. The dashed line is what a "
+        f"state in {kind}, rounded after every token, can follow."
+    )
+    return _card("Memory of the heads", note, picture)
 
 
 def _layer_charts(report: dict[str, Any]) -> list[str]:

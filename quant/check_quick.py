@@ -24,6 +24,7 @@ from mmmamba_edge.quant.check_run import FORMAT, measured, plain
 from mmmamba_edge.quant.schemes import SCHEMES
 from mmmamba_edge.quant.stored import QuantizedCheckpoint
 from mmmamba_edge.quant.thresholds import limits, scheme_of
+from mmmamba_edge.resting import SETTING
 from mmmamba_edge.status import Report, silent
 
 FILE = "accuracy.json"
@@ -49,7 +50,8 @@ def attach_report(
         say: told how far it is.
 
     Returns:
-        The manifest, with the file and its main figures named under verification.accuracy.
+        The manifest, with the file and its main figures named under verification.accuracy, and
+        how long its heads remember under settings.head_memory.
 
     Raises:
         UserError: the reference is another model.
@@ -70,7 +72,11 @@ def attach_report(
     short = {"file": FILE, "positions": figures["positions"]}
     names = ("mean_kld", "top1", "ppl_ratio")
     short |= {name: figures[name]["value"] for name in names if name in figures}
-    return replace(manifest, verification={**manifest.verification, "accuracy": short})
+    settings = manifest.settings
+    if report["head_memory"]:
+        settings = {**settings, SETTING: report["head_memory"]}
+    verification = {**manifest.verification, "accuracy": short}
+    return replace(manifest, verification=verification, settings=settings)
 
 
 def quick_report(
@@ -96,7 +102,8 @@ def quick_report(
                 "format": FORMAT, "producer": manifest.producer, "scheme": scheme_of(manifest),
                 "reference": {"model_id": manifest.model_id, "dtype": "float32"},
                 "data": {"sources": data.sources, "notes": notes},
-                **{key: found[key] for key in KEPT}, "limits": limits(manifest, {})[0],
+                **{key: found[key] for key in KEPT}, "head_memory": reference.head_memory,
+                "limits": limits(manifest, {})[0],
             }
         )
     )  # fmt: skip

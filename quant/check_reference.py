@@ -18,6 +18,7 @@ from mmmamba_edge.model.decoder import DecoderLayer
 from mmmamba_edge.model.layers import AttentionState
 from mmmamba_edge.model.mixer import MixerState
 from mmmamba_edge.quant.check_data import Item
+from mmmamba_edge.quant.head_memory import fading
 from mmmamba_edge.status import Report, silent
 
 Floats = NDArray[np.float32]
@@ -35,6 +36,9 @@ class Reference:
         say: told how far it is.
         watch: called with each layer's number, the layer, and whether the stream is normalised
             before it; what else wants the layers need not load them again.
+
+    Attributes:
+        head_memory: tokens that each head remembers, by layer (head_memory.py).
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Reference:
         watch: Watch | None = None,
     ) -> None:  # fmt: skip
         config = weights.config
+        self.head_memory: dict[str, list[float]] = {}
         with torch.inference_mode():
             hidden = [embedded(weights, [(item.ids, item.tiles())])[0] for item in items]
             total = len(config.layer_types)
@@ -50,11 +55,13 @@ class Reference:
                 layer = load_layer(weights, index, kind)
                 edge = index == len(config.embedding.layer_types)
                 normalise = edge and config.normalize_encoder_output
-                for x in hidden:
-                    run_layer(
-                        layer,
-                        nn.functional.normalize(x, dim=-1, eps=0.0, out=x) if normalise else x,
-                    )
+                with fading(layer) as found:
+                    for x in hidden:
+                        if normalise:
+                            nn.functional.normalize(x, dim=-1, eps=0.0, out=x)
+                        run_layer(layer, x)
+                if found is not None:
+                    self.head_memory[str(index)] = found.memory()
                 if watch:
                     watch(index, layer, normalise)
             say("PyTorch reads, layer", total, total)

@@ -55,6 +55,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", *_other(report["other"])]
     if report["state"]["drift"]:
         lines += ["", *_drift(report["state"]["drift"])]
+    if report["state"]["memory"]:
+        lines += ["", *_memory(report["state"]["memory_histogram"])]
     cost = report.get("cost")
     if cost:
         rate = "{:,.0f}".format
@@ -129,6 +131,16 @@ def _drift(drift: dict[str, Any]) -> list[str]:
         f"{worst['relative_error']:.2g} (layer {worst['layer']}, head {worst['head']})"
         + ("" if drift["exact"] else "; 8-bit activations hide what the format does")
     ]
+
+
+def _memory(buckets: list[dict[str, Any]]) -> list[str]:
+    """The histogram of the heads' memories, empty buckets left out."""
+    shown = [
+        f"{b['heads']} up to {b['stop']:,}" if b["stop"] else f"{b['heads']} beyond {b['first']:,}"
+        for b in buckets
+        if b["heads"]
+    ]
+    return ["heads by the tokens that they remember: " + ", ".join(shown)]
 
 
 def _columns(rows: list[tuple[str, ...]], sides: str) -> list[str]:

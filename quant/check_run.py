@@ -31,6 +31,7 @@ from mmmamba_edge.quant.check_read import Artefact, Readings, facts, read
 from mmmamba_edge.quant.check_reference import Reference
 from mmmamba_edge.quant.check_tensors import check_tensors
 from mmmamba_edge.quant.check_verdict import judgements, told
+from mmmamba_edge.quant.head_memory import histogram
 from mmmamba_edge.quant.schemes import SCHEMES
 from mmmamba_edge.quant.thresholds import limits, scheme_of
 from mmmamba_edge.runtimes import open_bundle
@@ -128,7 +129,8 @@ def check(
         "weights": _weights(tensors, unseen, graphs),
         "state": {
             "precision": check_state.precision(probe.states), "split": asdict(split),
-            "drift": drift,
+            "drift": drift, "memory": answers.head_memory,
+            "memory_histogram": histogram(answers.head_memory),
         },
         "worst": _worst(readings.scores, gathered, runner),
     }  # fmt: skip

@@ -9,6 +9,7 @@ from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.quant.accuracy import Estimate
 from mmmamba_edge.quant.check_layers import HALVES, HalfLayer
 from mmmamba_edge.quant.thresholds import ANSWERS, DRIFT, POSITIONS_999, Line, judge
+from mmmamba_edge.resting import HOLDS, named, stagnating
 
 EQUAL_DB = 60.0  # a state that agrees so well is not compared with the layers before it
 
@@ -142,7 +143,24 @@ def _state_lines(
             "drift_error", worst["relative_error"], allowed.get("drift_error", error), unjudged
         )
         lines.append(replace(line, place=f"layer {worst['layer']}, head {worst['head']}"))
+        lines += _memory_lines(state["memory"], drift["format"], allowed)
     return lines
+
+
+def _memory_lines(
+    memory: dict[str, list[float]], kind: str, allowed: dict[str, float]
+) -> list[Line]:
+    """Whether some head remembers longer than the format can follow, and which."""
+    heads = [(a, b, tokens) for a, row in memory.items() for b, tokens in enumerate(row)]
+    if not heads:
+        return []
+    layer, head, tokens = max(heads, key=lambda one: one[2])
+    line = judge("drift_memory", tokens, allowed.get("drift_memory", HOLDS[kind]))
+    line = replace(line, place=f"layer {layer}, head {head}")
+    slow = stagnating(memory, kind)
+    if line.state == "failed" and len(slow) > 1:
+        line = replace(line, why=f"so do others: {named(slow)}")
+    return [line]
 
 
 def told(line: Line) -> str:

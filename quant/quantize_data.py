@@ -18,12 +18,11 @@ from mmmamba_edge.distill.conversation_tokens import Tokens, pixels, tokenize
 from mmmamba_edge.distill.conversations import BadRow, parse_row
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.prompt import Template, get_template
-from mmmamba_edge.quant.builtin_text import topics
+from mmmamba_edge.quant.builtin_text import foreign, topics
 from mmmamba_edge.tokenizer import Tokenizer
 
 LENGTH = 1024  # tokens of a sequence; longer conversations are cut
 ANSWER = 2.0  # an answer's token counts for so many others
-FOREIGN = 2.5  # bytes a token; below, a tokenizer spells a text rather than reads it
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,18 +129,17 @@ def digest(sequences: list[Sequence]) -> str:
 
 def _talks(template: Template, tokenizer: Tokenizer, length: int) -> Iterator[Sequence]:
     """Pages of Python's help as answers, a piece to a question."""
+    if why_not := foreign(tokenizer, next(topics("calibration"))[1]):
+        raise UserError(
+            f"--calibration builtin, pages of English: {why_not}; give a .jsonl of what the model "
+            "is for"
+        )
     for name, text in topics("calibration"):
         prompt = template.opening() + template.user_turn(
             f"Explain {name} in Python.", tokens_per_tile=0
         )
         asked = tokenizer.encode(prompt + template.assistant_prefix)
         said = np.array(tokenizer.encode_text(text, first=False), np.int64)
-        if len(text.encode()) < FOREIGN * len(said):
-            raise UserError(
-                "--calibration builtin: this model's tokenizer spells English "
-                f"({len(said):,} tokens for {len(text.encode()):,} bytes); give a .jsonl of what "
-                "the model is for"
-            )
         room = max(length - len(asked), 1)
         for start in range(0, len(said), room):
             part = said[start : start + room]

@@ -41,6 +41,7 @@ KNOWN = {
     "cross_top1": Limit("same likeliest token as the other bundle", "least"),
     "drift_kld": Limit("mean KL divergence that the reduced state makes", "most"),
     "drift_error": Limit("worst head's relative error of the reduced state", "most"),
+    "drift_memory": Limit("longest memory of a head (tokens)", "most"),
 }
 
 ALIKE = {"added_below_median_db": 12.0, "cross_kld": 0.008, "cross_top1": 0.96}

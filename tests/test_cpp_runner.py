@@ -204,6 +204,12 @@ def test_sessions_go_from_python_to_cpp_and_back(programs, bundle, runner, tmp_p
     assert python_chat(mm.Session.load(file, runner), prompts[2:], (), 5) == want[2:]
     assert chat(programs, bundle, prompts[2:], **flags) == want[2:]
 
+    for precision in ("int16", "float16"):  # read, and written back in float32
+        python_chat(session, prompts[:1], [sample], 5)
+        session.save(file, precision)
+        want = python_chat(mm.Session.load(file, runner), prompts[1:2], (), 5)
+        assert chat(programs, bundle, prompts[1:2], **flags) == want
+
     for damage in (lambda b: b[:-5], lambda b: b[:-5] + b"12345", lambda b: b"", lambda b: b[:99]):
         broken = tmp_path / "broken"
         broken.write_bytes(damage(file.read_bytes()))

@@ -1,8 +1,10 @@
 // Session::save and Session::load: the state, and the little that Python's session files say beside
 // it.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "files.hpp"
 #include "session.hpp"
@@ -15,7 +17,8 @@ namespace {
 using nlohmann::json;
 
 const char* const KIND = "mmmamba-edge session";
-const char* const VERSION = "1";  // of the format; another one is refused
+const char* const VERSION = "1";  // of the format that is written
+const char* const REDUCED = "2";  // of a file whose state is in 16 bits; other ones are refused
 
 // Keys and values have a row for each token read; the file holds no rows beyond.
 bool is_cache(const std::string& name) {
@@ -45,6 +48,39 @@ Array floats(std::vector<int64_t> shape, const float* data) {
     size_t bytes = sizeof(float);
     for (const int64_t size : shape) bytes *= size;
     return {"F32", std::move(shape), {reinterpret_cast<const char*>(data), bytes}};
+}
+
+float from_half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31;
+    const int mantissa = bits & 1023;
+    const float size = exponent ? std::ldexp(1024.f + mantissa, exponent - 25)
+                                : std::ldexp(static_cast<float>(mantissa), -24);
+    return bits & 0x8000 ? -size : size;
+}
+
+// An array of a file in float32, whichever way it was kept (mmmamba_edge/reduced_state.py); nothing
+// where the file has not all of it.
+std::optional<Array> whole(const TensorFile& file, const std::string& name) {
+    const auto found = file.arrays.find(name);
+    if (found == file.arrays.end()) return {};
+    const Array& kept = found->second;
+    if (kept.dtype == "F32") return kept;
+    std::vector<float> numbers(kept.bytes.size() / 2);
+    const auto* halves = reinterpret_cast<const uint16_t*>(kept.bytes.data());
+    if (kept.dtype == "F16") {
+        for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = from_half(halves[i]);
+        return floats(kept.shape, numbers.data());
+    }
+    const auto scale = file.arrays.find(name + ".scale");
+    if (kept.dtype != "I16" || kept.shape.empty() || scale == file.arrays.end()) return {};
+    const std::vector<int64_t> rows(kept.shape.begin(), kept.shape.end() - 1);
+    if (scale->second.dtype != "F32" || scale->second.shape != rows) return {};
+    const auto* scales = reinterpret_cast<const float*>(scale->second.bytes.data());
+    const size_t width = kept.shape.back();
+    for (size_t i = 0; i < numbers.size(); ++i) {
+        numbers[i] = static_cast<int16_t>(halves[i]) * scales[i / width];
+    }
+    return floats(kept.shape, numbers.data());
 }
 
 }  // namespace
@@ -103,8 +139,9 @@ void Session::save(const std::string& path) {
 void Session::load(const std::string& path) {
     const Manifest& manifest = model_.manifest();
     TensorFile file = read_tensors(path);
-    if (file.metadata["kind"] != KIND || file.metadata["version"] != VERSION) {
-        throw UserError(path + ": not a session file of format " + VERSION +
+    const std::string& version = file.metadata["version"];
+    if (file.metadata["kind"] != KIND || (version != VERSION && version != REDUCED)) {
+        throw UserError(path + ": not a session file of format " + VERSION + " or " + REDUCED +
                         ", which this program reads");
     }
     int64_t tokens = 0;
@@ -134,12 +171,11 @@ void Session::load(const std::string& path) {
         const Manifest::Tensor& tensor = manifest.state[i];
         auto shape = tensor.shape;
         if (is_cache(tensor.name)) shape[1] = tokens;
-        const auto found = file.arrays.find("state." + tensor.name);
-        if (found == file.arrays.end() || found->second.dtype != "F32" ||
-            found->second.shape != shape) {
+        std::optional<Array> found = whole(file, "state." + tensor.name);
+        if (!found || found->shape != shape) {
             throw UserError(path + ": its state." + tensor.name + " is not what this model has");
         }
-        copy_rows(tensor, tokens, state[i], found->second.bytes, false);
+        copy_rows(tensor, tokens, state[i], found->bytes, false);
     }
     model_.go_on_after(tokens);
 }

@@ -16,10 +16,11 @@ namespace {
 
 using nlohmann::json;
 
-const std::map<std::string, std::string> NUMPY_NAMES = {{"F32", "<f4"}, {"U8", "|u1"}};
+const std::map<std::string, std::string> NUMPY_NAMES = {
+    {"F32", "<f4"}, {"F16", "<f2"}, {"I16", "<i2"}, {"U8", "|u1"}};
 
 int64_t size_of(const Array& array) {
-    int64_t count = array.dtype == "F32" ? 4 : 1;
+    int64_t count = NUMPY_NAMES.at(array.dtype).back() - '0';
     for (const int64_t size : array.shape) count *= size;
     return count;
 }

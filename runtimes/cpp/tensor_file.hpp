@@ -9,7 +9,7 @@
 namespace mmmamba {
 
 struct Array {
-    std::string dtype;  // "F32" or "U8"
+    std::string dtype;  // "F32", "F16", "I16" or "U8"
     std::vector<int64_t> shape;
     std::string bytes;  // little-endian, as every machine is that this runs on
 };
