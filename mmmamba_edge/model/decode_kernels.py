@@ -143,22 +143,20 @@ def mixer_in(
     cols = tl.arange(0, COLS)
     tile = weight_tile(matrix, rows, count, cols, hidden)
     scale = vector(norm, cols, hidden)
+    channel = rows + tl.where(pid < KV, 0, tl.where(pid < 2 * KV, key_value, 2 * key_value))
+    mixes, steps = real & (pid < 2 * KV + Q), real & (pid >= 2 * KV + 2 * Q)
+    before = tl.load(column + channel, mask=mixes, other=0.0).to(tl.float32)
+    first_tap = tl.load(conv_w + 2 * channel, mask=mixes, other=0.0).to(tl.float32)
+    last_tap = tl.load(conv_w + 2 * channel + 1, mask=mixes, other=0.0).to(tl.float32)
+    bias = tl.load(conv_b + channel, mask=mixes, other=0.0).to(tl.float32)
+    step_bias = tl.load(dt_bias + rows, mask=steps, other=0.0).to(tl.float32)
     after_previous(PDL)
     u = vector(x, cols, hidden)
     z = product(tile, u * scale) * inverse_rms(u, hidden, eps)
-    if pid < 2 * KV + Q:
-        channel = rows + tl.where(pid < KV, 0, tl.where(pid < 2 * KV, key_value, 2 * key_value))
-        before = tl.load(column + channel, mask=real, other=0.0).to(tl.float32)
-        first_tap = tl.load(conv_w + 2 * channel, mask=real, other=0.0).to(tl.float32)
-        last_tap = tl.load(conv_w + 2 * channel + 1, mask=real, other=0.0).to(tl.float32)
-        bias = tl.load(conv_b + channel, mask=real, other=0.0).to(tl.float32)
-        tl.store(column + channel, z.to(column.dtype.element_ty), mask=real)
-        tl.store(mixed + channel, silu(first_tap * before + last_tap * z + bias), mask=real)
-    elif pid < 2 * KV + 2 * Q:
-        tl.store(gate + rows, z, mask=real)
-    else:
-        bias = tl.load(dt_bias + rows, mask=real, other=0.0).to(tl.float32)
-        tl.store(dt + rows, softplus(z + bias), mask=real)
+    tl.store(column + channel, z.to(column.dtype.element_ty), mask=mixes)
+    tl.store(mixed + channel, silu(first_tap * before + last_tap * z + bias), mask=mixes)
+    tl.store(gate + rows, z, mask=real & (pid >= 2 * KV + Q) & (pid < 2 * KV + 2 * Q))
+    tl.store(dt + rows, softplus(z + step_bias), mask=steps)
 
 
 @triton.jit

@@ -23,12 +23,14 @@ class RecordedStep:
     """
 
     def __init__(self, fused: FusedStep, state: DecoderState):
-        self._fused = fused
+        self.fused = fused
+        _make_contiguous(state)
         self._home = _Tensors(state)
         self._graph: torch.cuda.CUDAGraph | None = None
         if fused.device.type == "cuda":
-            compile_kernels(fused)
-            self._graph = record(lambda: fused.launch(state))
+            with torch.cuda.device(fused.device):
+                compile_kernels(fused)
+                self._graph = record(lambda: fused.launch(state))
 
     def step(self, token_id: int, state: DecoderState) -> Tensor:
         """Read one token: logits (vocab_size,) float32, overwritten by the next step.
@@ -38,15 +40,15 @@ class RecordedStep:
             state: the one it was recorded for.
         """
         self._home.settle(state)
-        self._fused.token.fill_(token_id)
+        self.fused.token.fill_(token_id)
         return self.replay(state)
 
     def replay(self, state: DecoderState) -> Tensor:
         """`step` for the token already in the model's `FusedStep.token`, on a settled state."""
         if self._graph is None:
-            return self._fused.launch(state)
+            return self.fused.launch(state)
         self._graph.replay()
-        return self._fused.logits
+        return self.fused.logits
 
 
 def record(launch: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -69,6 +71,12 @@ def compile_kernels(fused: FusedStep) -> None:
     fused.launch(scratch)
     torch.cuda.synchronize()
     fused.compiled_for = fused.how
+
+
+def _make_contiguous(state: DecoderState) -> None:
+    """As kernels index them; a scan may have left a state transposed."""
+    for owner, name in _places(state):
+        setattr(owner, name, getattr(owner, name).contiguous())
 
 
 class _Tensors:
