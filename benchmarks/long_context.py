@@ -157,7 +157,9 @@ def measure(
         "card": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }  # fmt: skip
     random = torch.Generator(device).manual_seed(1)
-    ids = torch.randint(8, built.config.vocab_size // 2, (1, chunk), device=device, generator=random)
+    ids = torch.randint(
+        8, built.config.vocab_size // 2, (1, chunk), device=device, generator=random
+    )
     read_s = 0.0
     for context in contexts:
         say(f"{model}: reading up to {context} tokens")
@@ -375,9 +377,6 @@ def read_bandwidth(device: str) -> float:
     )  # fmt: skip
     ids = torch.zeros(1, device=device)
     best = max(moved / min(_times(way, ids, 7, device)) for moved, way in ways)
-    del x, matrix, vector, out
-    if device == "cuda":
-        torch.cuda.empty_cache()
     return 1e3 * best
 
 

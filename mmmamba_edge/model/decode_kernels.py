@@ -1,4 +1,4 @@
-"""Triton kernels of a decoding step at batch 1: a layer is five launches that read its weights once.
+"""Triton kernels of a decoding step at batch 1: five launches a layer read its weights once.
 
 A Mamba-2 layer is `mixer_in` (RMSNorm, all five projections, conv, SiLU, softplus), `ssd_step`,
 `mixer_out` (norm per head, gate, output, residual), `ffn_in` (RMSNorm, gate, up, SiLU) and

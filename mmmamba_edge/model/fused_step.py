@@ -162,6 +162,7 @@ class FusedStep:
     def _mix(self, layer: DecoderLayer, c: StackConfig, memory: MixerState) -> None:
         mix, norm = layer.attention, layer.attention_norm
         assert isinstance(mix, Mamba2Mixer) and mix.conv1d.bias is not None
+        assert memory.ssm.is_contiguous() and memory.conv.is_contiguous()
         rows = self._rows("mixer_in", c.hidden_size)
         parts = (c.key_value_dim, c.key_value_dim, c.hidden_size, c.hidden_size)
         programs = sum(_ceil(part, rows) for part in (*parts, c.num_attention_heads))
