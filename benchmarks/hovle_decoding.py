@@ -1,10 +1,12 @@
 """HoVLE's decoding in two ways, for `long_context.py` to compare with.
 
 `Growing` does what the original code does at batch 1: every operation launched by itself, each
-layer's cache grown by concatenation at every token, cosines and sines gathered a layer. Its
-attention is one of the original's two: "flash" over the cache as it is, or "repeat", which repeats
-keys and values for every query head and takes the softmax in float32. Prompts are read by flash
-attention in either case, and no attention mask is made: both are kind to it.
+layer's cache grown by concatenation at every token, tables of cosines and sines in every layer,
+which are made anew for every token beyond max_position_embeddings. Its attention is one of the
+original's two: "flash" over the cache as it is, or "repeat", which repeats keys and values for
+every query head and takes the softmax in float32. The second, unused embedding table that its
+checkpoint fills is in memory too. Prompts are read by flash attention in either case, and no
+attention mask is made: both are kind to it.
 
 `StaticStep` is what a good engineer would write from PyTorch's own operations: a preallocated
 cache, fused norms, flash attention over grouped heads, one CUDA graph. It decodes at one position,
@@ -32,18 +34,23 @@ class Growing:
 
     Args:
         model: all layers attention.
-        positions: for which cosines and sines are kept.
     """
 
-    def __init__(self, model: MMMamba, positions: int):
+    def __init__(self, model: MMMamba):
         self.model, self.attention = model, "flash"
         self.past: list[tuple[Tensor, Tensor]] = []
-        weight = model.language_model.output.weight
-        places = torch.arange(positions, device=weight.device)[None]
-        self._tables = [
-            tuple(t[0, 0] for t in rope_tables(places, half, None, weight.dtype))
-            for half in (model.config.embedding, model.config.llm)
-        ]
+        self.unused = torch.zeros_like(model.embedding_model.llm_text_embeddings.weight)
+        self._rope: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
+
+    def _tables(self, i: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Layer i's cosines and sines, (positions, head_dim) each, for at least `tokens`."""
+        kept, c = self._rope[i], self.model.config.stack_of(i)
+        if kept is None or len(kept[0]) < tokens:
+            self._rope[i] = None
+            places = torch.arange(max(tokens, c.max_position_embeddings), device=self.unused.device)
+            cos, sin = rope_tables(places[None], c, None, self.unused.dtype)
+            kept = self._rope[i] = cos[0, 0], sin[0, 0]
+        return kept
 
     @property
     def tokens(self) -> int:
@@ -53,15 +60,17 @@ class Growing:
     def read(self, ids: Tensor) -> Tensor:
         """ids (1, seq) -> logits of the last position (1, vocab_size) in float32."""
         model, new = self.model, []
-        positions = torch.arange(self.tokens, self.tokens + ids.shape[1], device=ids.device)[None]
+        after = self.tokens + ids.shape[1]
+        positions = torch.arange(self.tokens, after, device=ids.device)[None]
         x = model.embedding_model.llm_text_embeddings(ids)
         first = len(model.embedding_model.encoder)
         for i, layer in enumerate(model.layers):
             if i == first:
                 x = model.normalize(x)
             past = self.past[i] if self.past else None
+            tables = self._tables(i, after)
             mixed, kept = self._attend(
-                layer.attention, layer.attention_norm(x), positions, past, self._tables[i >= first]
+                layer.attention, layer.attention_norm(x), positions, past, tables
             )
             new.append(kept)
             if self.past:
@@ -74,7 +83,7 @@ class Growing:
 
     def _attend(
         self, attention, u: Tensor, positions: Tensor, past: tuple[Tensor, Tensor] | None,
-        tables: tuple[Tensor, ...],
+        tables: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
         q, k, v = _heads(attention, u)
         cos, sin = (table[positions][:, None] for table in tables)  # (1, 1, seq, head_dim)

@@ -145,13 +145,14 @@ def measure(
     say(f"{model}: making weights")
     built = build(model, size, device)
     case = (
-        Original(built, contexts[-1] + 4 * (WARM + tokens), attention)
+        Original(built, attention)
         if model == "original"
         else Cached(built, kernels, Launch(pdl=pdl), tune, say)
     )
+    weights = sum(p.nbytes for p in built.parameters()) + case.unused_bytes
     yield {
         "kind": "about", "model": model, "read_bandwidth_gb_s": speed / 1e9,
-        "weights_bytes": sum(p.nbytes for p in built.parameters()),
+        "weights_bytes": weights,
         "read_weights_bytes": read_weights(built), "seconds_to_start": time.perf_counter() - began,
         "launch": asdict(case.launch) if case.launch else None, "ways": case.ways,
         "card": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -190,10 +191,8 @@ def measure(
                 "prefill_s": read_s, "prefill_tokens_per_s": context / read_s,
                 "prefill_peak": prefill, "decode_peak": decode,
                 "memory": {
-                    "weights": sum(p.nbytes for p in built.parameters()),
-                    "cache": held["cache"], "state": held["state"],
-                    "rest": decode["allocated"] - held["cache"] - held["state"]
-                    - sum(p.nbytes for p in built.parameters()),
+                    "weights": weights, "cache": held["cache"], "state": held["state"],
+                    "rest": decode["allocated"] - held["cache"] - held["state"] - weights,
                 },
             }  # fmt: skip
     say.close(keep=False)
@@ -204,9 +203,10 @@ class Original:
 
     launch = None
 
-    def __init__(self, model: MMMamba, positions: int, attention: list[str]):
+    def __init__(self, model: MMMamba, attention: list[str]):
         self.ways = attention
-        self._inner = Growing(model, positions)
+        self._inner = Growing(model)
+        self.unused_bytes = self._inner.unused.nbytes
 
     @property
     def tokens(self) -> int:
@@ -231,6 +231,8 @@ class Original:
 
 class Cached:
     """Models with a preallocated state: HoVLE, hybrid or linear, decoding in one or two ways."""
+
+    unused_bytes = 0
 
     def __init__(
         self, model: MMMamba, kernels: list[str], launch: Launch, tune: bool, say: StatusLine

@@ -25,7 +25,7 @@ def test_both_baselines_are_hovle(attention):
     ids = torch.randint(8, 200, (1, 20))
     state = model.new_state(1, max_context=32)
     model.prefill(ids, state)
-    growing = Growing(model, 32)
+    growing = Growing(model)
     growing.read(ids[:, :13])
     growing.read(ids[:, 13:])
     growing.attention = attention
