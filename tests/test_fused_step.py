@@ -230,11 +230,17 @@ def half_size(hybrid: bool) -> MMMamba:
     kinds = ("attention", "mamba2") if hybrid else ("mamba2", "mamba2")
     torch.manual_seed(0)
     config = Config(half(*kinds), half(*kinds), vocab_size=5003, image_size=28, patch_size=14)
-    model = from_scratch(config)
+    with torch.device(DEVICE):
+        model = from_scratch(config)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data *= 2
-    return model.cuda()
+    return model
+
+
+def error(found, want) -> float:
+    """The norm of the difference over the norm."""
+    return float((found.float() - want.float()).norm() / want.float().norm())
 
 
 @gpu
@@ -267,11 +273,14 @@ def test_recorded_bfloat16_is_as_near_to_float32_as_plain(hybrid, pdl):
             "fused": recorded.step(int(token), fused),
         }
         for name, row in rows.items():
-            errors[name] += float((row - want).norm() / want.norm()) / len(answer)
+            errors[name] += error(row, want) / len(answer)
     assert int(fused.length) == 740
     assert errors["plain"] < 0.05, errors
     assert errors["fused"] < 1.2 * errors["plain"] + 1e-3, errors
-    assert_same_state(fused, plain, FUSED_HALF._asdict())
+    for mine, other, right in zip(fused.layers, plain.layers, exact.layers, strict=True):
+        for name, tensor in mine.tensors().items():
+            theirs = error(other.tensors()[name], right.tensors()[name])
+            assert error(tensor, right.tensors()[name]) < 1.2 * theirs + 1e-3, name
 
 
 @gpu
@@ -304,16 +313,14 @@ def test_tuning_ends_with_a_launch_that_computes_the_same():
     state = model.new_state(1, max_context=64)
     model.prefill(torch.tensor([PROMPT], device="cuda"), state)
     other = state.copy()
-    found = RecordedStep(fused, state).step(5, state)
-    torch.testing.assert_close(
-        found, RecordedStep(default, other).step(5, other), **FUSED_HALF._asdict()
-    )
+    found = RecordedStep(fused, state).step(5, state).clone()
+    assert error(found, RecordedStep(default, other).step(5, other)) < 1e-2
 
 
 @gpu
 @on_gpu
 @torch.inference_mode()
-def test_prompts_on_cuda_are_read_as_on_the_cpu():
+def test_a_prompt_in_pieces_on_cuda():
     """Attention over a cache in pieces: flash attention's causal order, not a mask."""
     model = half_size(True).bfloat16()
     ids = torch.randint(10, 5000, (1, 300), device="cuda")
@@ -322,4 +329,4 @@ def test_prompts_on_cuda_are_read_as_on_the_cpu():
     pieces, found = model.new_state(1, max_context=512), torch.empty(0)
     for part in ids.split(77, dim=1):
         found, _ = model.prefill(part, pieces)
-    torch.testing.assert_close(found, want, **FUSED_HALF._asdict())
+    assert error(found, want) < 2e-2

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from mmmamba_edge.model.decoder import DecoderState
 from mmmamba_edge.model.fused_step import FusedStep, Launch
 from mmmamba_edge.model.recorded_step import compile_kernels, record
 from mmmamba_edge.status import Report, silent
@@ -69,7 +70,7 @@ class _Change:
         )  # fmt: skip
 
 
-def _seconds(fused: FusedStep, state) -> float:
+def _seconds(fused: FusedStep, state: DecoderState) -> float:
     """The median time of a recorded step on a state near its beginning."""
     state.length.zero_()
     compile_kernels(fused)
