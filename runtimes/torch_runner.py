@@ -1,8 +1,9 @@
 """The PyTorch runtime: what exported bundles are verified against, and `--runtime torch`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,18 +14,22 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.bnb_layers import quantize_layers
 from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoint
 from mmmamba_edge.model.decoder import DEFAULT_CONTEXT, DecoderState, MMMamba
+from mmmamba_edge.model.fused_step import FusedStep, why_not_fused
 from mmmamba_edge.model.layers import AttentionState
+from mmmamba_edge.model.recorded_step import RecordedStep
 from mmmamba_edge.runtimes.base import Arrays, Progress, State
 from mmmamba_edge.runtimes.checks import check_ids, check_pictures, check_room, check_state
 
+Kernels = Literal["auto", "fused", "plain"]
 PREFILL_CHUNK = 512  # tokens a prefill reads at a time: bounds its memory, costs nothing measurable
 
 
 @dataclass
 class TorchState:
-    """A `DecoderState` of batch 1."""
+    """A `DecoderState` of batch 1, and the step recorded for it once it has decoded on CUDA."""
 
     inner: DecoderState
+    recorded: RecordedStep | None = field(default=None, repr=False, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -61,8 +66,19 @@ class TorchRunner:
 
     def __init__(
         self, model: MMMamba, *, model_id: str, tokenizer_dir: Path | None = None,
-        max_context: int = DEFAULT_CONTEXT,
+        max_context: int = DEFAULT_CONTEXT, kernels: Kernels = "auto",
     ):  # fmt: skip
+        """A runner of `model`.
+
+        Args:
+            model: on any device, in any floating type.
+            model_id, tokenizer_dir, max_context: as in `runtimes.base.Runner`.
+            kernels: of single steps: "fused" (model/fused_step.py), "plain" PyTorch, or "auto":
+                fused on CUDA wherever they can run.
+
+        Raises:
+            UserError: "fused" cannot run here.
+        """
         if model.config.pixel_shuffle_loc == "post":
             raise UserError(
                 "pixel_shuffle_loc 'post' reads two sequences at once; use load_model(...) with "
@@ -73,6 +89,9 @@ class TorchRunner:
         self.model_id = model_id
         self.tokenizer_dir = tokenizer_dir
         self.max_context = None if model.config.variant == "linear" else max_context
+        cuda = model.language_model.output.weight.is_cuda
+        fused = kernels == "fused" or (kernels == "auto" and cuda and not why_not_fused(model))
+        self._fused = FusedStep(model) if fused else None
 
     @classmethod
     def from_checkpoint(
@@ -129,8 +148,14 @@ class TorchRunner:
         """Read one token; see `runtimes.base.Runner.step`."""
         own = _own(state)
         ids = self._ids(np.array([token_id]), own)
-        logits, _ = self.model.step(ids, own.inner)
-        return logits[0].float().cpu().numpy(), own
+        # A lone image token has no picture: the plain step says so.
+        if self._fused is None or token_id == self.config.img_context_token_id:
+            logits, _ = self.model.step(ids, own.inner)
+            return logits[0].float().cpu().numpy(), own
+        if own.recorded is None or own.recorded.fused is not self._fused:
+            own.recorded = RecordedStep(self._fused, own.inner)
+        logits = own.recorded.step(token_id, own.inner)
+        return logits.to("cpu", copy=True).numpy(), own
 
     @torch.inference_mode()
     def read_all(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from mmmamba_edge.config import RopeScaling, StackConfig
 from mmmamba_edge.errors import UserError
@@ -120,10 +121,15 @@ class Attention(nn.Module):
             state.key[rows, :, positions] = k.transpose(1, 2)
             state.value[rows, :, positions] = v.transpose(1, 2)
             used = slice(0, past + seq)
-            visible = torch.arange(past + seq, device=x.device) <= positions[..., None]
+            if x.is_cuda and batch == 1:
+                # In words that flash attention understands: a mask of its own keeps it out.
+                visible = causal_lower_right(seq, past + seq) if seq > 1 else None
+            else:
+                visible = torch.arange(past + seq, device=x.device) <= positions[..., None]
+                visible = visible[:, None]
             y = F.scaled_dot_product_attention(
                 q, state.key[:, :, used], state.value[:, :, used],
-                attn_mask=visible[:, None], enable_gqa=True,
+                attn_mask=visible, enable_gqa=True,
             )  # fmt: skip
             state.length += seq if lengths is None else lengths
         return self.wo(y.transpose(1, 2).flatten(2))

@@ -169,7 +169,8 @@ def causal_conv(
     else:
         index = lengths[:, None] + torch.arange(kernel - 1, device=z.device)  # (batch, kernel - 1)
         last = padded.gather(1, index[..., None].expand(-1, -1, channels))
-    return y, last.transpose(1, 2).contiguous()
+    # A copy, even of one column, which counts as contiguous: a view would keep all of `padded`.
+    return y, last.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 _FOUND: dict[str, Any] = {}

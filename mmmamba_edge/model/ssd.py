@@ -157,7 +157,7 @@ def _chunked_by(
     y, final = kernel(
         v, dt, a, k, q, chunk_size=chunk, initial_states=initial, return_final_states=True
     )
-    return y, final.transpose(2, 3).float()
+    return y, final.transpose(2, 3).float().contiguous()
 
 
 def _zeros(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
