@@ -7,6 +7,7 @@ memory does not grow with depth, and no attention matrix exists.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from mmmamba_edge.distill.batches import Batch
 from mmmamba_edge.distill.distill_recipe import Match, MatchingConfig
 from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.losses import matching_error
+from mmmamba_edge.distill.reading import read
 from mmmamba_edge.distill.student import share_output_projection, train_only
 from mmmamba_edge.distill.training import train
 from mmmamba_edge.model.checkpoints import Checkpoint
@@ -84,7 +86,7 @@ class LayerMatching:
         engine: where it runs.
         match: what of a layer is compared.
         relative: whether each layer's error is divided by its target's mean square.
-        compiled: torch.compile the mixers.
+        compiled: torch.compile the mixers, and the teacher's norms and MLPs.
     """
 
     def __init__(
@@ -95,8 +97,11 @@ class LayerMatching:
         self._match: Match = match
         layers = sorted(mixers)
         units = [MatchedMixer(mixers[i], match, relative) for i in layers]
-        for unit in units if compiled else ():
-            engine.compile(unit)
+        if compiled:
+            # The teacher's attention is hooked, and stays as it is; what lies between need not.
+            parts = [(x.attention_norm, x.ffn_norm, x.feed_forward) for x in teacher.layers]
+            for module in [*units, *chain(*parts)]:
+                engine.compile(module)
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
         self._weights: Tensor | None = None
@@ -139,10 +144,8 @@ class LayerMatching:
     def _run(self, batch: Batch, factor: Tensor | float, *, learning: bool) -> Tensor:
         self._weights, self._factor, self._learning = batch.weights, factor, learning
         self._errors = []
-        teacher = self.teacher
         with torch.no_grad(), self.engine.autocast():
-            x = teacher.embed(batch.ids, batch.lengths, batch.pixel_values)
-            teacher.read(x, batch.lengths)
+            read(self.teacher, batch)
         return torch.stack(self._errors).sum()
 
     def _watch(self, attention: nn.Module, unit: nn.Module) -> None:
