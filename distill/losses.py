@@ -85,7 +85,7 @@ def teacher_topk(
     """The teacher's k likeliest next tokens for each row of `hidden` (n, hidden)."""
     indices, logprobs = [], []
     for part in hidden.split(_tokens_at_a_time(head, piece)):
-        best = _log_softmax(_logits(part, head, len(head)), tau).topk(k, dim=-1)
+        best = _log_softmax(head_logits(part, head, len(head)), tau).topk(k, dim=-1)
         indices.append(best.indices)
         logprobs.append(best.values)
     return TopK(torch.cat(indices), torch.cat(logprobs))
@@ -115,7 +115,7 @@ class _HeadKL(torch.autograd.Function):
         compare = _compiled_compare() if compiled else _compare
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
-            logits = _logits(hidden[rows], head, vocab)  # (tokens, rows of the head)
+            logits = head_logits(hidden[rows], head, vocab)  # (tokens, rows of the head)
             weight = weights[rows].to(logits.dtype)
             with torch.autocast(hidden.device.type, enabled=False):
                 if stored:
@@ -123,7 +123,7 @@ class _HeadKL(torch.autograd.Function):
                     kl, error = _against_topk(student, teacher[rows], teacher_part[rows])
                     kl, error = (kl * weight).sum(), error.mul_(tau * weight[:, None]).to(half)
                 else:
-                    theirs = _logits(teacher[rows], teacher_part, vocab)
+                    theirs = head_logits(teacher[rows], teacher_part, vocab)
                     kl, error = compare(logits, theirs, weight, tau, half)
                 total += tau**2 * kl
                 # d KL tau^2 / d z = tau (p_S - p_T) = error
@@ -184,8 +184,8 @@ def _aligned(head: Tensor) -> Tensor:
     return torch.cat([head, head.new_zeros(missing, head.shape[1])])
 
 
-def _logits(hidden: Tensor, head: Tensor, vocab: int) -> Tensor:
-    """(n, rows of the head), float32 (float64 for float64); rows beyond `vocab` get no mass."""
+def head_logits(hidden: Tensor, head: Tensor, vocab: int) -> Tensor:
+    """Logits (n, rows of the head), float32 (float64 for float64); rows beyond `vocab` get no mass."""
     dtype = _product_dtype(hidden, head)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):

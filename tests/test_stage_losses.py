@@ -1,8 +1,8 @@
 """The stages' losses against the original's numbers and a naive restatement."""
 
-
 import json
 import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -143,6 +143,7 @@ def tokenize(out: Path, tokenizer_file: Path) -> None:
     if not note.is_file():
         raise UserError(f"{note}: not found; gather the documents first (without --tokenizer)")
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.encode_special_tokens = True  # in text, which people wrote, they are plain words
     separator = tokenizer.token_to_id(SEPARATOR)
     if separator is None or tokenizer.get_vocab_size() > 2**16:
         raise UserError(f"{tokenizer_file}: no {SEPARATOR}, or more than {2**16} tokens")

@@ -119,7 +119,7 @@ def bible(data: bytes) -> Iterator[str]:
         with closing(sqlite3.connect(file.name)) as base:
             rows = base.execute(query).fetchall()
     for (book, chapter), verses in groupby(rows, key=lambda row: row[:2]):
-        lines = (re.sub(r"^\d+:\d+ ", "", " ".join(filter(None, row[2:]))) for row in verses)
+        lines = (re.sub(r"\d+:\d+ ", "", " ".join(filter(None, row[2:]))) for row in verses)
         yield "\n".join([f"{book}, chapter {chapter}", "", *lines])
 
 
