@@ -198,7 +198,9 @@ def open_init(folder: Path, teacher: Checkpoint) -> Checkpoint:
     layers = set(range(len(teacher.config.layer_types)))
     attention = {i for i, kind in enumerate(student.config.layer_types) if kind == "attention"}
     if student.config.with_attention_layers(layers) != teacher.config:
-        raise UserError(f"--init {folder}: its config.json is not that of a student of this teacher")
+        raise UserError(
+            f"--init {folder}: its config.json is not that of a student of this teacher"
+        )
     if attention == layers:
         raise UserError(f"--init {folder}: a teacher; expected a student, whose mixers go on")
     return student

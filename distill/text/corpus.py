@@ -63,9 +63,9 @@ def gather(out: Path, packages: Path | None, sources: Iterable[Source] = SOURCES
             continue
         with tempfile.TemporaryDirectory() as scratch:
             texts, entry = _read(source, packages, Path(scratch))
-        with new_file(file) as part, lzma.open(part, "wt", preset=6, encoding="utf-8") as lines:
-            for text in texts:
-                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        with new_file(file) as part:
+            part.write_bytes(lzma.compress(lines.encode(), preset=9 | lzma.PRESET_EXTREME))
         record["sources"][source.name] = entry
         with new_file(note) as part:
             part.write_text(json.dumps(record, indent=1) + "\n")
@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make or go on with")
     parser.add_argument("--packages", type=Path, help="folder of already downloaded archives")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; without it, no tokens")
-    parser.add_argument("--no-gather", action="store_true", help="take the documents that are there")
+    parser.add_argument(
+        "--no-gather", action="store_true", help="take the documents that are there"
+    )
     args = parser.parse_args(argv)
     try:
         if not args.no_gather:

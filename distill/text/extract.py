@@ -4,7 +4,6 @@ A reader takes a file's text and gives its documents. None is a parser of its fo
 must read well, not be complete.
 """
 
-import html
 import re
 import sqlite3
 import tempfile
@@ -168,7 +167,7 @@ def rst(text: str) -> Iterator[str]:
     text = re.sub(r":[\w:+-]+:`~?!?([^`<]*?)\s*(?:<[^>`]*>)?`", r"\1", text)
     text = re.sub(r"`([^`<\n]+?)\s*<[^>`]*>`__?", r"\1", text)
     text = text.replace("``", "`").replace("::\n", ":\n")
-    text = re.sub(r"^([=\-~^\"'`#*+.:])\1{2,}\s*$\n?", "", text, flags=re.M)
+    text = re.sub(r"^([=\-~^\"'`#*+.:])\1{2,} *$\n?", "", text, flags=re.M)
     text = re.sub(r"(?<!\w)\*\*([^*\n]+)\*\*(?!\w)", r"\1", text)
     yield from split(unwrapped(text))
 
@@ -194,7 +193,7 @@ def man(text: str) -> Iterator[str]:
     """A roff manual page."""
     lines = []
     for line in text.splitlines():
-        if line.startswith((".\\\"", "'\\\"")):
+        if line.startswith(('.\\"', "'\\\"")):
             continue
         if line.startswith("."):
             macro, _, rest = line[1:].strip().partition(" ")
@@ -225,7 +224,9 @@ def _words(text: str) -> list[str]:
 class _Text(HTMLParser):
     """Block by block; what serves navigation is left out."""
 
-    SKIP = frozenset("script style nav header footer svg head form button select info links".split())
+    SKIP = frozenset(
+        "script style nav header footer svg head form button select info links".split()
+    )
     BLOCK = frozenset(
         "p div h1 h2 h3 h4 h5 h6 li dt dd tr table ul ol dl section article blockquote pre br hr "
         "page title note item steps list terms screen media".split()
@@ -266,8 +267,13 @@ class _Text(HTMLParser):
             self.parts.append("\n" if tag in ("tr", "dt", "li") else "\n\n")
 
     def handle_data(self, data: str) -> None:
-        if not self._skipping:
-            self.parts.append(data if self._verbatim else re.sub(r"\s+", " ", data))
+        if self._skipping:
+            return
+        if not self._verbatim:
+            data = re.sub(r"\s+", " ", data)
+            if not self.parts or self.parts[-1].endswith("\n"):
+                data = data.lstrip()
+        self.parts.append(data)
 
 
 def html_page(text: str) -> Iterator[str]:
@@ -275,8 +281,7 @@ def html_page(text: str) -> Iterator[str]:
     parser = _Text()
     parser.feed(re.sub(r"<\?xml.*?\?>|<!DOCTYPE[^>]*>", "", text, flags=re.S))
     parser.close()
-    page = re.sub(r"\n[ ]+(?=\S)(?![ ]{3})", "\n", "".join(parser.parts))
-    yield from split(html.unescape(page))
+    yield from split("".join(parser.parts))
 
 
 READERS: dict[str, Callable[[str], Iterable[str]]] = {
