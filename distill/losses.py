@@ -185,7 +185,7 @@ def _aligned(head: Tensor) -> Tensor:
 
 
 def head_logits(hidden: Tensor, head: Tensor, vocab: int) -> Tensor:
-    """Logits (n, rows of the head), float32 (float64 for float64); rows beyond `vocab` get no mass."""
+    """(n, rows of the head), float32 (float64 for float64); rows beyond `vocab` get no mass."""
     dtype = _product_dtype(hidden, head)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
