@@ -95,9 +95,9 @@ class Run:
         student = dict(recipe["student"])
         if number != 3 and all(getattr(self.recipe.stage(n), "layers", "") == "all" for n in done):
             del student["attention_layers"]  # all are converted, whatever stays attention later
-        init = {} if self.init is None else {"init": self.init.weights_id()}
         return {
-            **init, "teacher": str(self.recipe.teacher.resolve()), "student": student,
+            "init": None if self.init is None else self.init.weights_id(),
+            "teacher": str(self.recipe.teacher.resolve()), "student": student,
             **{key: recipe[key] for key in ("data", "validation", "engine")},
             **{f"stage{n}": recipe[f"stage{n}"] for n in done},
         }  # fmt: skip
@@ -193,14 +193,12 @@ def open_run(
 
 
 def open_init(folder: Path, teacher: Checkpoint) -> Checkpoint:
-    """A student's checkpoint to start from; UserError where it is not one of this teacher's size."""
+    """A student's checkpoint to start from; UserError where it is not one of this teacher."""
     student = open_checkpoint(folder)
     layers = set(range(len(teacher.config.layer_types)))
     attention = {i for i, kind in enumerate(student.config.layer_types) if kind == "attention"}
     if student.config.with_attention_layers(layers) != teacher.config:
-        raise UserError(
-            f"--init {folder}: its config.json is not that of a student of this teacher"
-        )
+        raise UserError(f"--init {folder}: its config.json is no student's of this teacher")
     if attention == layers:
         raise UserError(f"--init {folder}: a teacher; expected a student, whose mixers go on")
     return student

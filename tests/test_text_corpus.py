@@ -29,7 +29,8 @@ from mmmamba_edge.errors import UserError
         ),
         (
             "rst",
-            ".. _label:\n\nTitle\n=====\n\nSee :ref:`the part <part>` and ``code``\nof `it <x>`_::\n\n"
+            ".. _label:\n\nTitle\n=====\n\nSee :ref:`the part <part>` and ``code``\n"
+            "of `it <x>`_::\n\n"
             "   $ run\n\n.. note:: Be\n   careful.\n",
             "Title\n\nSee the part and `code` of it:\n\n   $ run\n\nBe careful.",
         ),
@@ -41,7 +42,8 @@ from mmmamba_edge.errors import UserError
         ),
         (
             "dictionary",
-            'Abbey \\Ab"bey\\, n.\n   A {monastery}\n   of monks.\n   [1913 Webster]\n\nAbbot, n.\n   He.',
+            'Abbey \\Ab"bey\\, n.\n   A {monastery}\n   of monks.\n   [1913 Webster]\n\n'
+            "Abbot, n.\n   He.",
             "Abbey, n.\nA monastery of monks.\n\nAbbot, n.\nHe.",
         ),
         (

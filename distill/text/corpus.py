@@ -199,9 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to make or go on with")
     parser.add_argument("--packages", type=Path, help="folder of already downloaded archives")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; without it, no tokens")
-    parser.add_argument(
-        "--no-gather", action="store_true", help="take the documents that are there"
-    )
+    parser.add_argument("--no-gather", action="store_true", help="only pack what is there")
     args = parser.parse_args(argv)
     try:
         if not args.no_gather:

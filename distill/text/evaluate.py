@@ -1,7 +1,7 @@
 """How far students are from their teacher on held-out text.
 
-    python -m mmmamba_edge.distill.text.evaluate --teacher smollm2 --student linear=runs/linear/... \
-        --student hybrid=runs/hybrid/... --tokens text/tokens --out results/
+    python -m mmmamba_edge.distill.text.evaluate --teacher smollm2 --student linear=LINEAR \
+        --student hybrid=HYBRID --tokens text/tokens --out results/
 
 All models read the same windows. Written are `results.json`, `table.md` (by source, with bootstrap
 intervals over windows) and `samples.md` (greedy answers of each).
@@ -166,7 +166,7 @@ def table(results: Mapping[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --- samples ----------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def samples(models: Mapping[str, MMMamba], tokenizer: Tokenizer, most: int) -> str:
@@ -206,7 +206,7 @@ def greedy(model: MMMamba, ids: list[int], most: int, stop: set[int]) -> list[in
     return said
 
 
-# --- the command line ---------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,7 +253,8 @@ def _run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
         "split": args.split, "length": args.length, "windows": args.windows,
-        "device": args.device, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+        "device": args.device, "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
         "students": {name: str(folder) for name, folder in folders.items()},
     }  # fmt: skip
     texts = {

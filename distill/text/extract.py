@@ -155,7 +155,7 @@ def wordnet(text: str) -> Iterator[str]:
         yield document.replace("\n\n", "\n")
 
 
-# --- markup of documentation ------------------------------------------------------------------------
+# --- markup of documentation ----------------------------------------------------------------------
 
 
 def rst(text: str) -> Iterator[str]:
