@@ -2,19 +2,24 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import distilling
+import mmmamba_edge.distill
 from mmmamba_edge.cli import main as cli
+from mmmamba_edge.distill.distill_recipe import read_distill_recipe
 from mmmamba_edge.distill.mixer_file import load_mixers, mixers_of, with_progress
 from mmmamba_edge.distill.mixer_file import main as mixer_file
+from mmmamba_edge.distill.student import attention_layers
 from mmmamba_edge.distill.text.evaluate import main as evaluate
 from mmmamba_edge.distill.text.evaluate import measure, summary, windows
 from mmmamba_edge.distill.text_source import open_tokens
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
+from mmmamba_edge.model.tensor_names import mixer_shapes
 
 TEXT = """
 teacher = "teacher"
@@ -78,6 +83,18 @@ def run(tmp_path_factory):
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for line in lines if "loss" in (row := json.loads(line))]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("linear", set()), ("hybrid", set(range(0, 30, 4)))])
+def test_the_committed_recipes_differ_in_attention_only(name, kept):
+    folder = Path(mmmamba_edge.distill.__file__).parent / "recipes"
+    recipes = {n: read_distill_recipe(folder / f"smollm2-{n}.toml") for n in ("linear", "hybrid")}
+    assert attention_layers(recipes[name].student.attention_layers, 30) == kept
+    facts = [recipe.facts() for recipe in recipes.values()]
+    for each in facts:
+        del each["student"]["attention_layers"]
+    assert facts[0] == facts[1]
+    assert set(recipes[name].stage3.train) == set(mixer_shapes(distilling.config(), 0))
 
 
 def test_stages_learn_from_text(run):

@@ -64,9 +64,7 @@ def test_batches_are_dense_and_the_same_for_any_micro_batch_and_process(source):
 
 
 def test_a_position_goes_on_where_it_was(source):
-    steps = source.steps(None, Share(3, 3))
-    for _ in range(5):
-        position = next(steps).position
+    position = list(islice(source.steps(None, Share(3, 3)), 5))[-1].position
     on = windows(source, 4, Share(3, 3), json.loads(json.dumps(position)))
     assert torch.equal(on, windows(source, 9, Share(3, 3))[15:])
 

@@ -183,11 +183,11 @@ def samples(models: Mapping[str, MMMamba], tokenizer: Tokenizer, most: int) -> s
 
 def _prompts(model: MMMamba, tokenizer: Tokenizer) -> list[tuple[str, list[int], set[int]]]:
     stop = {model.config.eos_token_id}
-    found = [(text, tokenizer.encode([Text(text)]), stop) for text in OPENINGS]
+    found = [(text, tokenizer.encode([Text(text)]).tolist(), stop) for text in OPENINGS]
     template = get_template(model.config.template)
     for question in QUESTIONS:
         turn = [*template.opening(), *template.user_turn(question, tokens_per_tile=1)]
-        found.append((question, tokenizer.encode(turn), stop))
+        found.append((question, tokenizer.encode(turn).tolist(), stop))
     return found
 
 
