@@ -24,12 +24,15 @@ class Batch:
         weights: (rows, seq) float32, how much each position counts in the loss; 0 at padding.
         pixel_values: (tiles, 3, height, width), tiles of the whole batch in reading order: float32,
             normalised, or uint8, which `to` normalises on the device; None without pictures.
+        dense: text alone, every position a real token of weight 1. Nothing has then to be looked
+            up on the device, where a look makes the host wait.
     """
 
     ids: Tensor
     lengths: Tensor
     weights: Tensor
     pixel_values: Tensor | None = None
+    dense: bool = False
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, its pixels normalised."""

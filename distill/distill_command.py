@@ -16,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one stage, from the one before it in --out; default: all of the recipe's",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="run folder")
+    parser.add_argument(
+        "--init", type=Path, metavar="STUDENT",
+        help="checkpoint whose mixers the first stage starts from, with a fresh optimiser",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--teacher", type=Path, help="checkpoint folder, instead of the recipe's")
     parser.add_argument(
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if not wanted or set(wanted) - set(recipe.stages):
         raise UserError(f"--stage {args.stage}: the recipe has stages {list(recipe.stages)}")
     try:
-        whole = open_run(recipe, engine, args.out, resume=args.resume)
+        whole = open_run(recipe, engine, args.out, resume=args.resume, init=args.init)
         for number in wanted:
             if whole.finished(number) is not None and args.resume:
                 whole.check(number)

@@ -186,8 +186,30 @@ class ScenesConfig:
     seed: int = 0
 
 
-DataConfig = ConversationsConfig | ScenesConfig
-KINDS: dict[str, type] = {"conversations": ConversationsConfig, "scenes": ScenesConfig}
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """[data] of kind "text": packed tokens (text.corpus), every position of which counts.
+
+    Attributes:
+        folder: of the tokens; relative to the recipe.
+        split: "train", "validation" or "test".
+        length: tokens of a row.
+    """
+
+    folder: Path
+    split: Literal["train", "validation", "test"] = "train"
+    length: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError("length must be at least 1")
+
+
+DataConfig = ConversationsConfig | ScenesConfig | TextConfig
+KINDS: dict[str, type] = {
+    "conversations": ConversationsConfig, "scenes": ScenesConfig, "text": TextConfig,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

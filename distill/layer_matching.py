@@ -7,6 +7,7 @@ memory does not grow with depth, and no attention matrix exists.
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from mmmamba_edge.distill.batches import Batch
 from mmmamba_edge.distill.distill_recipe import Match, MatchingConfig
 from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.losses import matching_error
+from mmmamba_edge.distill.reading import read
 from mmmamba_edge.distill.student import share_output_projection, train_only
 from mmmamba_edge.distill.training import train
 from mmmamba_edge.model.checkpoints import Checkpoint
@@ -96,13 +98,10 @@ class LayerMatching:
         layers = sorted(mixers)
         units = [MatchedMixer(mixers[i], match, relative) for i in layers]
         if compiled:
-            # Of the teacher only what has no hooks inside.
-            frozen = (
-                part for layer in teacher.layers
-                for part in (layer.attention_norm, layer.ffn_norm, layer.feed_forward)
-            )  # fmt: skip
-            for part in (*units, *frozen):
-                engine.compile(part)
+            # The teacher's attention is hooked, and stays as it is; what lies between need not.
+            parts = [(x.attention_norm, x.ffn_norm, x.feed_forward) for x in teacher.layers]
+            for module in [*units, *chain(*parts)]:
+                engine.compile(module)
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
         self._weights: Tensor | None = None
@@ -145,10 +144,8 @@ class LayerMatching:
     def _run(self, batch: Batch, factor: Tensor | float, *, learning: bool) -> Tensor:
         self._weights, self._factor, self._learning = batch.weights, factor, learning
         self._errors = []
-        teacher = self.teacher
         with torch.no_grad(), self.engine.autocast():
-            x = teacher.embed(batch.ids, batch.lengths, batch.pixel_values)
-            teacher.read(x, batch.lengths)
+            read(self.teacher, batch)
         return torch.stack(self._errors).sum()
 
     def _watch(self, attention: nn.Module, unit: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmmamba_edge.distill.batches import Batch
 from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.losses import TopK, logits_kl, teacher_topk, topk_kl
+from mmmamba_edge.distill.reading import read, weighted
 from mmmamba_edge.distill.student import assemble
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.mixer import Mamba2Mixer
@@ -21,9 +22,9 @@ from mmmamba_edge.whole import new_file
 class StudentReader(nn.Module):
     """The free-running student and its distance from the teacher."""
 
-    def __init__(self, student: MMMamba, tau: float) -> None:
+    def __init__(self, student: MMMamba, tau: float, compiled: bool = False) -> None:
         super().__init__()
-        self.student, self.tau = student, tau
+        self.student, self.tau, self.compiled = student, tau, compiled
 
     def forward(self, batch: Batch, teacher: Tensor | TopK, teacher_head: Tensor) -> Tensor:
         """KL summed over tokens by weight.
@@ -34,11 +35,13 @@ class StudentReader(nn.Module):
                 likeliest tokens there.
             teacher_head: (vocab, hidden).
         """
-        hidden, weights = weighted(read(self.student, batch), batch.weights)
+        hidden, weights = weighted(read(self.student, batch), batch)
         head = self.student.language_model.output.weight
         if isinstance(teacher, TopK):
             return topk_kl(hidden, head, teacher, weights, tau=self.tau)
-        return logits_kl(hidden, head, teacher, teacher_head, weights, tau=self.tau)
+        return logits_kl(
+            hidden, head, teacher, teacher_head, weights, tau=self.tau, compiled=self.compiled
+        )
 
 
 class LogitMatching:
@@ -51,7 +54,7 @@ class LogitMatching:
         tau: temperature of both distributions.
         recompute: what the backward pass computes again rather than keeps.
         cache: keeps the teacher's answers on disk; None computes them anew every time.
-        compiled: torch.compile both models' layers.
+        compiled: torch.compile both models' layers, and the KL's pieces.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class LogitMatching:
         student.recompute(recompute)
         for layer in [*student.layers, *teacher.layers] if compiled else ():
             engine.compile(layer)
-        self.units = [engine.wrap(StudentReader(student, tau))]
+        self.units = [engine.wrap(StudentReader(student, tau, compiled))]
 
     def backward(self, batch: Batch, factor: Tensor | float) -> Tensor:
         """Gradients of one micro-batch are added up; returns its share of the loss.
@@ -89,7 +92,7 @@ class LogitMatching:
     def _teach(self, batch: Batch) -> Tensor | TopK:
         if self._cache and (known := self._cache.get(batch)):
             return known
-        hidden, _ = weighted(read(self.teacher, batch), batch.weights)
+        hidden, _ = weighted(read(self.teacher, batch), batch)
         if self._cache is None:
             return hidden
         return self._cache.put(
@@ -99,18 +102,6 @@ class LogitMatching:
     @property
     def _head(self) -> Tensor:
         return self.teacher.language_model.output.weight
-
-
-def read(model: MMMamba, batch: Batch) -> Tensor:
-    """(rows, seq, hidden): what the head is given at every position."""
-    x = model.embed(batch.ids, batch.lengths, batch.pixel_values)
-    return model.read(x, batch.lengths)
-
-
-def weighted(hidden: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions that count: (tokens, hidden) and their weights (tokens,)."""
-    picked = weights > 0
-    return hidden[picked], weights[picked]
 
 
 class TeacherCache:

@@ -8,6 +8,8 @@ The KL never holds a (tokens, vocabulary) matrix: the head's product, both softm
 gradient are made for a few hundred tokens at a time, forward and backward in one pass.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -51,7 +53,7 @@ class TopK(NamedTuple):
 
 def logits_kl(
     hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, weights: Tensor,
-    *, tau: float = 1.0, piece: int | None = None,
+    *, tau: float = 1.0, piece: int | None = None, compiled: bool = False,
 ) -> Tensor:  # fmt: skip
     """KL(teacher || student) of next tokens times tau^2, summed over tokens by weight (spec 6.3).
 
@@ -62,9 +64,10 @@ def logits_kl(
         weights: (n,) float32.
         tau: temperature of both softmaxes.
         piece: elements of the largest (tokens, vocab) piece; None: what suits the device.
+        compiled: torch.compile what is between the products: fewer passes over each piece.
     """
     teacher = (teacher_hidden.detach(), teacher_head.detach())
-    return _HeadKL.apply(hidden, head, weights, tau, piece, *teacher)  # pyright: ignore
+    return _HeadKL.apply(hidden, head, weights, tau, piece, compiled, *teacher)  # pyright: ignore
 
 
 def topk_kl(
@@ -72,7 +75,7 @@ def topk_kl(
     *, tau: float = 1.0, piece: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`logits_kl` against a stored teacher, over its k likeliest tokens and the rest as one."""
-    return _HeadKL.apply(hidden, head, weights, tau, piece, *teacher)  # pyright: ignore
+    return _HeadKL.apply(hidden, head, weights, tau, piece, False, *teacher)  # pyright: ignore
 
 
 @torch.no_grad()
@@ -82,7 +85,7 @@ def teacher_topk(
     """The teacher's k likeliest next tokens for each row of `hidden` (n, hidden)."""
     indices, logprobs = [], []
     for part in hidden.split(_tokens_at_a_time(head, piece)):
-        best = _log_softmax(part, head, tau).topk(k, dim=-1)
+        best = _log_softmax(head_logits(part, head, len(head)), tau).topk(k, dim=-1)
         indices.append(best.indices)
         logprobs.append(best.values)
     return TopK(torch.cat(indices), torch.cat(logprobs))
@@ -94,33 +97,41 @@ class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, hidden: Tensor, head: Tensor, weights: Tensor, tau: float,
-        piece: int | None, teacher: Tensor, teacher_part: Tensor,
+        piece: int | None, compiled: bool, teacher: Tensor, teacher_part: Tensor,
     ) -> Tensor:  # fmt: skip
         stored = not teacher.is_floating_point()  # TopK's indices and logprobs
         for_hidden, for_head = ctx.needs_input_grad[:2]  # pyright: ignore
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
+        vocab, half = len(head), _product_dtype(hidden, head)
+        step = _tokens_at_a_time(head, piece)
+        same = teacher_part is head or teacher_part.data_ptr() == head.data_ptr()
+        head = _aligned(head)
+        if not stored:
+            teacher_part = head if same else _aligned(teacher_part)
         grad_head = None
         if for_head:
             grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        step = _tokens_at_a_time(head, piece)
+        compare = _compiled_compare() if compiled else _compare
         for start in range(0, len(hidden), step):
             rows = slice(start, start + step)
-            student = _log_softmax(hidden[rows], head, tau)  # (tokens, vocab)
-            weight = weights[rows].to(student.dtype)
-            if stored:
-                kl, error = _against_topk(student, teacher[rows], teacher_part[rows])
-            else:
-                kl, error = _against_all(student, _log_softmax(teacher[rows], teacher_part, tau))
-            total += tau**2 * (kl * weight).sum()
-            if grad_hidden is not None or grad_head is not None:
-                # d KL tau^2 / d z = tau (p_S - p_T)
-                error = error.mul_(tau * weight[:, None]).to(_product_dtype(hidden, head))
+            logits = head_logits(hidden[rows], head, vocab)  # (tokens, rows of the head)
+            weight = weights[rows].to(logits.dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                if stored:
+                    student = _log_softmax(logits, tau)
+                    kl, error = _against_topk(student, teacher[rows], teacher_part[rows])
+                    kl, error = (kl * weight).sum(), error.mul_(tau * weight[:, None]).to(half)
+                else:
+                    theirs = head_logits(teacher[rows], teacher_part, vocab)
+                    kl, error = compare(logits, theirs, weight, tau, half)
+                total += tau**2 * kl
+                # d KL tau^2 / d z = tau (p_S - p_T) = error
                 if grad_hidden is not None:
-                    grad_hidden[rows] = error @ head.to(error.dtype)
+                    grad_hidden[rows] = error @ head.to(half)
                 if grad_head is not None:
-                    grad_head += error.T @ hidden[rows].to(error.dtype)
-        grad_head = None if grad_head is None else grad_head.to(head.dtype)
+                    grad_head += error.T @ hidden[rows].to(half)
+        grad_head = None if grad_head is None else grad_head[:vocab].to(head.dtype)
         ctx.save_for_backward(grad_hidden, grad_head)  # pyright: ignore[reportArgumentType]
         return total
 
@@ -130,14 +141,23 @@ class _HeadKL(torch.autograd.Function):
         """The stored gradients times the one that comes in."""
         saved = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         scaled = (None if g is None else g * grad.to(g.dtype) for g in saved)
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
-def _against_all(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL per token of log-probabilities, and p_S - p_T; overwrites both."""
+def _compare(
+    student: Tensor, teacher: Tensor, weight: Tensor, tau: float, half: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weighted KL of logits, and tau times weight times p_S - p_T."""
+    student, teacher = _log_softmax(student, tau), _log_softmax(teacher, tau)
     likely = teacher.exp()
     kl = teacher.sub_(student).mul_(likely).sum(-1)
-    return kl, student.exp_().sub_(likely)
+    error = student.exp_().sub_(likely)
+    return (kl * weight).sum(), error.mul_(tau * weight[:, None]).to(half)
+
+
+@cache
+def _compiled_compare() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_compare, dynamic=False)
 
 
 def _against_topk(student: Tensor, indices: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +175,17 @@ def _against_topk(student: Tensor, indices: Tensor, logprobs: Tensor) -> tuple[T
     return kl, error.scatter_(1, indices, kept.exp() - likely)
 
 
-def _log_softmax(hidden: Tensor, head: Tensor, tau: float) -> Tensor:
-    """(n, vocab) log-probabilities, float32 (float64 for float64)."""
+def _aligned(head: Tensor) -> Tensor:
+    """With rows of zeros up to a multiple of 64: on CUDA products of odd sizes take several times
+    as long."""
+    missing = -len(head) % 64
+    if not head.is_cuda or not missing:
+        return head
+    return torch.cat([head, head.new_zeros(missing, head.shape[1])])
+
+
+def head_logits(hidden: Tensor, head: Tensor, vocab: int) -> Tensor:
+    """(n, rows of the head), float32 (float64 for float64); rows beyond `vocab` get no mass."""
     dtype = _product_dtype(hidden, head)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -165,6 +194,11 @@ def _log_softmax(hidden: Tensor, head: Tensor, tau: float) -> Tensor:
             logits = torch.mm(hidden.to(dtype), head.to(dtype).T, out_dtype=wide)
         else:
             logits = hidden.to(wide) @ head.to(wide).T
+    logits[:, vocab:] = -1e4  # finite: -inf - -inf is no number
+    return logits
+
+
+def _log_softmax(logits: Tensor, tau: float) -> Tensor:
     return torch.log_softmax(logits / tau if tau != 1.0 else logits, dim=-1)
 
 

@@ -23,6 +23,7 @@ from mmmamba_edge.distill.distill_recipe import (
     ConversationsConfig,
     DataConfig,
     Recipe,
+    TextConfig,
 )
 from mmmamba_edge.distill.engine import Engine, whole
 from mmmamba_edge.distill.scene_source import SceneSource
@@ -35,6 +36,7 @@ from mmmamba_edge.distill.student import (
     seeded_mixers,
     student_tensors,
 )
+from mmmamba_edge.distill.text_source import TextSource, open_tokens
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import Checkpoint, load_model, open_checkpoint, save_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
@@ -55,6 +57,7 @@ class Run:
         source, validation: training rows, and held-out ones.
         out: the run's folder.
         resume: whether begun stages go on.
+        init: a student that the first stage starts from; None: its mixers are seeded.
     """
 
     recipe: Recipe
@@ -65,6 +68,7 @@ class Run:
     validation: Source | None
     out: Path
     resume: bool
+    init: Checkpoint | None = None
 
     def folder(self, number: int) -> Path:
         """Where a stage's files go."""
@@ -76,7 +80,8 @@ class Run:
         return attention_layers(self.recipe.student.attention_layers, len(self.teacher.layers))
 
     def mixers(self, layers: Iterable[int], start: Checkpoint | None) -> dict[int, Mamba2Mixer]:
-        """Mixers to train, from a finished stage's checkpoint or freshly seeded."""
+        """Mixers to train: from a finished stage's checkpoint, from `init`, or freshly seeded."""
+        start = start or self.init
         if start is not None:
             return loaded_mixers(start, layers, self.engine.device)
         asked = self.recipe.student
@@ -91,6 +96,7 @@ class Run:
         if number != 3 and all(getattr(self.recipe.stage(n), "layers", "") == "all" for n in done):
             del student["attention_layers"]  # all are converted, whatever stays attention later
         return {
+            "init": None if self.init is None else self.init.weights_id(),
             "teacher": str(self.recipe.teacher.resolve()), "student": student,
             **{key: recipe[key] for key in ("data", "validation", "engine")},
             **{f"stage{n}": recipe[f"stage{n}"] for n in done},
@@ -151,8 +157,10 @@ class Run:
         return open_checkpoint(folder)
 
 
-def open_run(recipe: Recipe, engine: Engine, out: Path, *, resume: bool) -> Run:
-    """Open teacher and data.
+def open_run(
+    recipe: Recipe, engine: Engine, out: Path, *, resume: bool, init: Path | None = None
+) -> Run:
+    """Open teacher and data; `init` is the checkpoint folder of a student to start from.
 
     Raises:
         UserError: whatever is wrong with either, before anything is written.
@@ -167,6 +175,7 @@ def open_run(recipe: Recipe, engine: Engine, out: Path, *, resume: bool) -> Run:
         raise UserError(f"{recipe.teacher}: pixel_shuffle_loc 'post' (HoVLE-HD) is not distilled")
     attention_layers(recipe.student.attention_layers, len(file.config.layer_types))
     _held_out(recipe)
+    begin = None if init is None else open_init(init, file)
     source = open_source(recipe.data, file, out / "index")
     validation = None
     if recipe.validation is not None:
@@ -180,11 +189,26 @@ def open_run(recipe: Recipe, engine: Engine, out: Path, *, resume: bool) -> Run:
 
         quantize_layers(teacher, bits)
         teacher.to(engine.device)
-    return Run(recipe, engine, file, teacher, source, validation, out, resume)
+    return Run(recipe, engine, file, teacher, source, validation, out, resume, begin)
+
+
+def open_init(folder: Path, teacher: Checkpoint) -> Checkpoint:
+    """A student's checkpoint to start from; UserError where it is not one of this teacher."""
+    student = open_checkpoint(folder)
+    layers = set(range(len(teacher.config.layer_types)))
+    attention = {i for i, kind in enumerate(student.config.layer_types) if kind == "attention"}
+    if student.config.with_attention_layers(layers) != teacher.config:
+        raise UserError(f"--init {folder}: its config.json is no student's of this teacher")
+    if attention == layers:
+        raise UserError(f"--init {folder}: a teacher; expected a student, whose mixers go on")
+    return student
 
 
 def open_source(config: DataConfig, teacher: Checkpoint, index: Path) -> Source:
     """The rows of a [data] table."""
+    if isinstance(config, TextConfig):
+        tokens = open_tokens(config.folder, config.split, teacher.config.vocab_size)
+        return TextSource(tokens, config.length, config.seed)
     answers_only = config.positions == "answers"
     if not isinstance(config, ConversationsConfig):
         cache = SceneCache(config.folder)
@@ -201,9 +225,15 @@ def _held_out(recipe: Recipe) -> None:
     train, held = recipe.data, recipe.validation
     if held is None:
         return
-    places = [c.meta if isinstance(c, ConversationsConfig) else c.folder for c in (train, held)]
-    if places[0].resolve() == places[1].resolve():
-        raise UserError(f"[validation]: {places[1]} is the training data; hold other rows out")
+    places = [_place(config).resolve() for config in (train, held)]
+    if places[0] == places[1]:
+        raise UserError(f"[validation]: {_place(held)} is the training data; hold other rows out")
+
+
+def _place(config: DataConfig) -> Path:
+    if isinstance(config, TextConfig):
+        return config.folder / config.split
+    return config.meta if isinstance(config, ConversationsConfig) else config.folder
 
 
 def _agree(note: Path, facts: dict, resume: bool) -> None:

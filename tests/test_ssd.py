@@ -91,6 +91,20 @@ def test_long_decay_does_not_overflow():
     assert torch.isfinite(y).all() and torch.isfinite(final).all()
 
 
+@pytest.mark.parametrize("length", [5, 64, 300])
+def test_the_carried_state_is_the_same_at_once(length, monkeypatch):
+    """What torch.compile is given in place of the loop, with its gradients."""
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda c=compiling: c)
+        tensors, a, _ = inputs(length, batch=2)
+        given = [x.requires_grad_() for x in (*tensors, a)]
+        y, state = ssd.chunked(*given)
+        (y.square().sum() + state.square().sum()).backward()
+        results.append((y, state, *(x.grad for x in given)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
 def test_the_forms_are_different_code():
     """Anti-vacuity: a parity test of one function with itself proves nothing."""
     assert "cumsum" in inspect.getsource(ssd.chunked)

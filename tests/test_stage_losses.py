@@ -1,6 +1,7 @@
 """The stages' losses against the original's numbers and a naive restatement."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -214,6 +215,35 @@ def test_kl_never_holds_all_logits(monkeypatch):
     monkeypatch.setattr(torch, "log_softmax", watched)
     logits_kl(hidden.requires_grad_(), head, teacher, teacher_head, weights, piece=61 * 4)
     assert largest == 61 * 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize(
+    "change",
+    [
+        "a longer head",
+        pytest.param(
+            "compiled",
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        ),
+    ],
+)
+def test_kl_made_for_speed_is_the_same(change, monkeypatch):
+    """Rows of zeros after the vocabulary, as on CUDA; and what torch.compile makes of a piece."""
+    (hidden, head, teacher, teacher_head), weights = random_case()
+    results = []
+    for fast in (False, True):
+        ours = [x.clone().requires_grad_() for x in (hidden, head)]
+        if fast and change == "a longer head":
+            longer = lambda x: torch.cat([x, x.new_zeros(3, x.shape[1])])  # noqa: E731
+            monkeypatch.setattr("mmmamba_edge.distill.losses._aligned", longer)
+        compiled = fast and change == "compiled"
+        kl = logits_kl(
+            *ours, teacher, teacher_head, weights, tau=2.0, piece=61 * 4, compiled=compiled
+        )
+        kl.backward()
+        results.append((kl.detach(), *(x.grad for x in ours)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])

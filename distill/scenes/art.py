@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFont
 
+from mmmamba_edge.distill.packages import call, debian_archive, npm_archive, pypi_archive
 from mmmamba_edge.distill.scenes.vocabulary import FONTS, KINDS, SOURCES
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.whole import new_folder
@@ -146,10 +146,10 @@ def _unpack(folder: Path, packages: Path | None, stock: Path) -> dict[str, dict[
         _sprites(archive, member, folder / "sprites" / source)
         record[source] = _entry(name, version, licence, archive)
     for name, (version, licence) in DEBIAN.items():
-        archive = _deb(name, version, packages, stock)
+        archive = debian_archive(name, version, packages, stock)
         if _fonts(archive, folder / "fonts"):
             record[name] = _entry(name, version, licence, archive)
-    archive = _wheel(*EASY_VQA[:2], packages, stock)
+    archive = pypi_archive(*EASY_VQA[:2], packages, stock)
     _easy_vqa(archive, folder / "easy_vqa")
     record["easy_vqa"] = _entry(*EASY_VQA, archive)
     return record
@@ -168,50 +168,6 @@ def _codepoints() -> list[str]:
 def _entry(name: str, version: str, licence: str, archive: Path) -> dict[str, str]:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     return {"package": name, "version": version, "licence": licence, "sha256": digest}
-
-
-# --- getting the packages -----------------------------------------------------------------------
-
-
-def npm_archive(name: str, version: str, packages: Path | None, stock: Path) -> Path:
-    """The .tgz of an npm package: from `packages` where it is there, else downloaded to `stock`."""
-    file = f"{name.replace('@', '').replace('/', '-')}-{version}.tgz"
-    if packages and (packages / file).is_file():
-        return packages / file
-    _call(["npm", "pack", f"{name}@{version}"], stock)
-    return stock / file
-
-
-def _deb(name: str, version: str, packages: Path | None, stock: Path) -> Path:
-    for folder in (packages, stock):
-        found = sorted(folder.glob(f"{name}_*{version}*.deb")) if folder else []
-        if found:
-            return found[-1]
-        if folder is packages:
-            _call(["apt-get", "download", name], stock)
-    raise UserError(
-        f"{name}: the configured archive has no version {version} (Debian 12 has); "
-        "put the .deb into a folder and name it with --packages"
-    )
-
-
-def _wheel(name: str, version: str, packages: Path | None, stock: Path) -> Path:
-    file = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
-    if packages and (packages / file).is_file():
-        return packages / file
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", f"{name}=={version}"]
-    _call(pip, stock)
-    return stock / file
-
-
-def _call(command: list[str], folder: Path) -> None:
-    print(" ".join(command), file=sys.stderr)
-    try:
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            f"{' '.join(command)}: {error}; download the package elsewhere and use --packages"
-        ) from error
 
 
 # --- taking what is needed out of them ------------------------------------------------------------
@@ -249,7 +205,7 @@ def _fonts(archive: Path, out: Path) -> bool:
     wanted = {file for files in FONTS.values() for file in files}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        _call(["dpkg-deb", "-x", str(archive.resolve()), scratch], Path(scratch))
+        call(["dpkg-deb", "-x", str(archive.resolve()), scratch], Path(scratch))
         found = [path for path in Path(scratch).rglob("*.?tf") if path.name in wanted]
         for path in found:
             shutil.copyfile(path, out / path.name)

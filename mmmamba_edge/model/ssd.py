@@ -103,18 +103,47 @@ def chunked(
     added = torch.einsum("bcshn,bcshp->bchnp", k_ * to_end[..., None].to(k.dtype), input_)
 
     # 3. Carry the state from chunk to chunk.
-    s = _zeros(q, v, wide) if state is None else state.to(wide)
-    whole = torch.exp(log_decay[:, :, -1])[..., None, None]  # (batch, chunks, heads, 1, 1)
-    before = []
-    for c in range(q_.shape[1]):
-        before.append(s)
-        s = whole[:, c] * s + added[:, c].to(wide)
+    whole = log_decay[:, :, -1]  # (batch, chunks, heads)
+    if state is None and torch.compiler.is_dynamo_compiling():
+        carried, s = _carried_at_once(whole, added.to(wide))
+    else:
+        start = _zeros(q, v, wide) if state is None else state.to(wide)
+        carried, s = _carried(whole, added.to(wide), start)
 
     # 4. What the carried state contributes.
     from_start = torch.exp(log_decay)[..., None].to(q.dtype)
-    carried = torch.stack(before, dim=1).to(q.dtype)  # (batch, chunks, heads, key_dim, value_dim)
-    y = y + torch.einsum("bclhn,bchnp->bclhp", q_ * from_start, carried)
+    y = y + torch.einsum("bclhn,bchnp->bclhp", q_ * from_start, carried.to(q.dtype))
     return y.reshape(batch, seq + pad, heads, -1)[:, :seq].to(q.dtype), s
+
+
+def _carried(whole: Tensor, added: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each chunk, and after the last.
+
+    Args:
+        whole: (batch, chunks, heads), the logarithm of each chunk's decay.
+        added: (batch, chunks, heads, key_dim, value_dim), what each adds.
+        s: (batch, heads, key_dim, value_dim), the state before the first.
+    """
+    decay = torch.exp(whole)[..., None, None]
+    before = []
+    for c in range(added.shape[1]):
+        before.append(s)
+        s = decay[:, c] * s + added[:, c]
+    return torch.stack(before, dim=1), s
+
+
+def _carried_at_once(whole: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """`_carried` from zeros as one product: torch.compile would unroll the loop."""
+    total = whole.cumsum(1).transpose(1, 2)  # (batch, heads, chunks)
+    # before_c = sum over j < c of exp(total_{c-1} - total_j) added_j, and after the last likewise.
+    distance = total[..., :, None] - total[..., None, :]  # (batch, heads, end, chunk)
+    chunks = total.shape[-1]
+    causal = torch.ones(chunks, chunks, dtype=torch.bool, device=total.device).tril()
+    weight = torch.exp(distance.masked_fill(~causal, float("-inf")))
+    with torch.autocast(added.device.type, enabled=False):  # the state is never rounded to half
+        after = torch.einsum("bhcj,bjhnp->bchnp", weight, added)
+    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], dim=1)
+    return before, after[:, -1]
 
 
 def _half_precision(q: Tensor) -> torch.dtype | None:
