@@ -63,7 +63,8 @@ def main() -> int:
         return 0
     print("| memory, tokens | " + " | ".join(kinds) + " |\n|" + "---|" * (len(kinds) + 1))
     for row in rows:
-        print("| " + " | ".join([f"{row['memory']:,.0f}", *(f"{row[k]:.1e}" for k in kinds)]) + " |")
+        errors = [f"{row[kind]:.1e}" for kind in kinds]
+        print("| " + " | ".join([f"{row['memory']:,.0f}", *errors]) + " |")
     return 0
 
 
