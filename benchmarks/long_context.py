@@ -17,7 +17,7 @@ on the device; the median of --tokens after 5). The floor is the bytes a token m
 its layers and head, filled cache rows, states read and written) over the fastest of several reads
 that the same process makes. The JSON is rewritten after every row: a kill loses nothing.
 
-On one H100 all of it should take about 200 s (an estimate): 4 starts with weights of 10 s; compiling
+On one H100 it should all take about 200 s (an estimate): 4 starts with weights of 10 s, compiling
 and tuning 90 s, ours and mamba-ssm's, nearly all of it kept in Triton's cache for the next run;
 prefill up to 128 K tokens 9 s a HoVLE, 4 and 3 s ours; decoding 25 s, of which 20 the original's.
 """
