@@ -43,6 +43,11 @@ def words(answer):
     return "".join(answer)
 
 
+def state_of(session):
+    assert session._answer is not None
+    return session._answer.position.state
+
+
 # --- sessions -------------------------------------------------------------------------------------
 
 
@@ -51,15 +56,15 @@ def words(answer):
 def test_a_session_waits_in_half_its_bytes_and_goes_on(make, precision, max_context):
     session = Session(make(20.0, 30.0, max_context=max_context))
     words(session.ask("one", max_new_tokens=9))
-    twin, before = session.fork(), session._answer.position.state
+    twin, before = session.fork(), state_of(session)
     exact, room = before.arrays(), sum(a.nbytes for a in before.arrays().values())
     session.rest(precision)
-    waiting = session._answer.position.state
+    waiting = state_of(session)
     assert waiting.nbytes < 0.8 * room and waiting.tokens == before.tokens
     for name, array in waiting.arrays().items():
         assert np.abs(array - exact[name]).max() <= 1e-3 * np.abs(exact[name]).max()
     session.rest(precision)  # already
-    assert session._answer.position.state is waiting
+    assert state_of(session) is waiting
     fork = session.fork()
     assert words(fork.ask("two", max_new_tokens=9)) == words(session.ask("two", max_new_tokens=9))
     assert session.stats.context_tokens == fork.stats.context_tokens
@@ -82,18 +87,18 @@ def test_float32_and_nothing_asked_change_nothing(make):
     session = Session(make())
     session.rest()
     words(session.ask("one", max_new_tokens=3))
-    state = session._answer.position.state
+    state = state_of(session)
     session.rest("float32")
-    assert session._answer.position.state is state
+    assert state_of(session) is state
 
 
 def test_heads_that_would_stagnate_are_named_and_the_session_is_whole(make):
     session = Session(make(20.0, 3000.0))
     words(session.ask("one", max_new_tokens=3))
-    state = session._answer.position.state
+    state = state_of(session)
     with pytest.raises(UserError, match=r"memory of 1,024 tokens.*layer 0 head 1 \(3,000\)"):
         session.rest("float16")
-    assert session._answer.position.state is state
+    assert state_of(session) is state
     session.rest("int16")  # follows 65,536
 
 
@@ -146,6 +151,7 @@ def test_memory_is_one_over_the_mean_decay():
     with fading(layer) as found, torch.no_grad():
         for tokens in (5, 1, 30):
             layer(torch.randn(1, tokens, config.hidden_size), None)
+    assert found is not None
     np.testing.assert_allclose(found.memory(), wanted, rtol=1e-4)
     decay = torch.exp(-2 / wanted * 0.5) ** wanted
     np.testing.assert_allclose(decay, math.exp(-1), rtol=1e-9)
