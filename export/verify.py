@@ -2,9 +2,9 @@
 
 Both read the same prompts, with and without pictures: whole, and cut at random points into prefill,
 single steps and prefill again. Compared are the logits of every position and the final states.
-Under a quantisation three questions are kept apart: does the graph compute what its codes say
-(`exact`, with the activations left in float32), what do the shipped kernels add (`shipped`), and
-how far from the float32 model is all of it together (`float32`).
+Where numbers are rounded three questions are kept apart: does the graph compute what its weights
+say (`exact`, with activations, keys and values left in float32), what does rounding those add
+(`shipped`), and how far from the float32 model is all of it together (`float32`).
 """
 
 import os
@@ -34,8 +34,9 @@ Floats = NDArray[np.float32]
 # Signal to error in dB below which a bundle is refused.
 # Same numbers summed in another order: measured 85 to 130, the goldens' worst-conditioned included.
 EXACT_DB = 75.0
-# Keys and values kept in float16 lose 11 bits of 24: measured 59 to 92, the goldens' the lowest.
-HALF_CACHE_DB = 50.0
+# Keys and values kept in float16 lose 11 bits of 24: measured 59 to 92, and 43 at full size, where
+# 32 layers of random weights add up what each loses.
+HALF_CACHE_DB = 35.0
 # Quantised against float32, all positions together. Goldens with random weights reach 13, models
 # with trained-like scales 29 to 40; below 10 it is another model. A finer judgement needs data.
 QUANTISED_DB = 10.0
@@ -111,35 +112,32 @@ def verify(
         return read_streamed(seen, [(p.ids, p.pixels) for p in prompts], progress)
 
     half = any(tensor.dtype == "float16" for tensor in manifest.state)
-    exact_db = HALF_CACHE_DB if half else EXACT_DB
     figures: dict[str, Any] = {
         "prompts": len(prompts),
         "positions": sum(len(prompt.ids) for prompt in prompts),
         "pictures": sum(prompt.pixels is not None for prompt in prompts),
     }
-    if manifest.quant == "none":
-        plain = read(weights.plain(), "the float32 weights")
-        figures["float32"] = compare(
-            open_bundle(folder, verify=False), prompts, plain, _part(report, "float32")
-        )
-        _require(figures["float32"], _ALL, exact_db, "float32 graph against PyTorch")
-        return figures
-
-    stored = read(weights, f"the {manifest.quant} weights")
+    unquantised = manifest.quant == "none"
+    stored = read(weights, f"the {'float32' if unquantised else manifest.quant} weights")
+    what = f"{manifest.quant} graph against PyTorch on its own weights"
     # Other runtimes' quantised products have no form with float32 activations.
-    if weights.scheme.bits and open_bundle is OnnxRuntimeRunner:
+    if (weights.scheme.bits or half) and open_bundle is OnnxRuntimeRunner:
         with tempfile.TemporaryDirectory(dir=folder, prefix="exact.") as t:
             exact = OnnxRuntimeRunner(exact_twin(folder, Path(t)), verify=False)
             figures["exact"] = compare(exact, prompts, stored, _part(report, "exact"))
             del exact  # its weights are copies: two sessions at a time are one too many
+        _require(figures["exact"], _ALL, EXACT_DB, what)
     runner = open_bundle(folder, verify=False)
-    if weights.scheme.bits:
+    if unquantised:
+        figures["float32"] = compare(runner, prompts, stored, _part(report, "float32"))
+        limit = HALF_CACHE_DB if half else EXACT_DB
+        _require(figures["float32"], _ALL, limit, "float32 graph against PyTorch")
+        return figures
+    if weights.scheme.bits or half:
         figures["shipped"] = compare(runner, prompts, stored, _part(report, "shipped"))
     else:  # half-precision weights, which ONNX Runtime's CPU multiplies in float32
         figures["exact"] = compare(runner, prompts, stored, _part(report, "exact"))
-    what = f"{manifest.quant} graph against PyTorch on its own weights"
-    if "exact" in figures:
-        _require(figures["exact"], _ALL, exact_db, what)
+        _require(figures["exact"], _ALL, EXACT_DB, what)
     if weights.quantized:  # the float32 weights are elsewhere; `check --reference` reads them
         return figures
     plain = read(weights.plain(), "the float32 weights")
@@ -243,7 +241,7 @@ class _Difference:
 
 
 def exact_twin(folder: Path, twin: Path) -> Path:
-    """The same bundle with activations in float32; weights are linked, not copied."""
+    """The same bundle with activations, keys and values in float32; weights are linked."""
     manifest = read_manifest(folder)
     weights = {}
     for name, record in manifest.files.items():
@@ -253,12 +251,20 @@ def exact_twin(folder: Path, twin: Path) -> Path:
             weights[name] = record
             continue
         model = onnx.load(folder / name, load_external_data=False)
+        kept = {node.input[1] for node in model.graph.node if node.op_type == "TensorScatter"}
         for node in model.graph.node:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 1  # compute in float32
+                elif node.op_type == "Cast" and node.output[0] in kept:
+                    attribute.i = onnx.TensorProto.FLOAT  # keys and values
+        for value in (*model.graph.input, *model.graph.output):
+            tensor = value.type.tensor_type
+            if tensor.elem_type == onnx.TensorProto.FLOAT16:
+                tensor.elem_type = onnx.TensorProto.FLOAT
         (twin / name).write_bytes(model.SerializeToString(deterministic=True))
-    write_manifest(twin, replace(manifest, files=weights))
+    state = tuple(replace(tensor, dtype="float32") for tensor in manifest.state)
+    write_manifest(twin, replace(manifest, files=weights, state=state))
     return twin
 
 

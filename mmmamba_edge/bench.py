@@ -1,8 +1,9 @@
 """`mmmamba-edge bench`: what a model costs on this machine: time, memory, bytes moved.
 
 Contexts are reached by really reading that many tokens. Beside the decoding speed stands what the
-memory allows: a token reads all weights of the decoder and reads and writes the state once, and a
-probe measures how fast this machine reads, with the same number of threads.
+memory allows: a token reads all weights of the decoder and the keys and values of the tokens
+before it, reads and writes the rest of the state, and a probe measures how fast this machine reads,
+with the same number of threads.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import numpy as np
 
 from mmmamba_edge.bundle import DEFAULT_BUNDLE, read_manifest
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.manifest import is_cache
 from mmmamba_edge.runtimes import RUNTIME_NAMES, open_bundle
 from mmmamba_edge.runtimes.base import Runner, State
 from mmmamba_edge.status import Report, StatusLine, silent
@@ -126,7 +128,7 @@ def measure(
         say(f"decoding at {context} tokens")
         row = _decode(runner, state, text, new_tokens)
         if weights:
-            moved = weights + 2 * state.nbytes
+            moved = weights + _state_traffic(model, context)
             row |= {
                 "bytes_per_token": moved,
                 "share_of_bandwidth": moved * row["tokens_per_s"] / bandwidth,
@@ -228,13 +230,18 @@ def physical_cores() -> int:
     return len(cores)
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not say."""
+def resident_bytes(part: str = "VmRSS") -> int:
+    """Resident memory of this process; 0 where the system does not say.
+
+    Args:
+        part: Linux's name (proc_pid_status(5)): "VmRSS", all; "RssAnon", what was allocated;
+            "RssFile", pages of mapped files, which the system takes back and reads again as it
+            likes.
+    """
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
+        return _kilobytes(Path("/proc/self/status").read_text(), part)
+    except (OSError, StopIteration):
         return 0
-    return pages * os.sysconf("SC_PAGESIZE")
 
 
 def peak_bytes() -> int:
@@ -272,6 +279,16 @@ def _decoder_bytes(model: Path) -> int:
         return 0
     files = read_manifest(model).files
     return sum(file.bytes for name, file in files.items() if name.startswith("decoder."))
+
+
+def _state_traffic(model: Path, context: int) -> int:
+    """Bytes of the state that a token moves: caches are read as far as they are filled."""
+    manifest = read_manifest(model)
+    room = manifest.max_context or 1
+    return sum(
+        tensor.nbytes * context // room if is_cache(tensor.name) else 2 * tensor.nbytes
+        for tensor in manifest.state
+    )
 
 
 def _bundle_bytes(model: Path) -> int:

@@ -267,6 +267,9 @@ def session_options(manifest: Manifest, threads: int | None) -> "ort.SessionOpti
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; its warnings are about its own choices
+    # It would plan one block of memory for each length of text it meets, and keep them all: tens of
+    # MiB, more with every new length, and no faster (docs/performance.md).
+    options.enable_mem_pattern = False
     if manifest.ops == "standard":
         # Plain ONNX says DequantizeLinear, then MatMul; do that, and do not make the activations
         # int8 as well, which ONNX Runtime would.

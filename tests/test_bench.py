@@ -8,10 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+from exported import bundle
 from mmmamba_edge import bench
 from mmmamba_edge.bench import as_text, measure, physical_cores, read_bandwidth
 from mmmamba_edge.bundle import DEFAULT_BUNDLE, read_manifest
 from mmmamba_edge.cli import main
+from mmmamba_edge.manifest import is_cache
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,13 @@ def test_peak_memory_is_this_process_s_own():
     code = "from mmmamba_edge.bench import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 200 << 20 < held.nbytes
+
+
+def test_a_cache_is_read_as_far_as_it_is_filled():
+    folder = bundle("small", "hybrid")
+    manifest = read_manifest(folder)
+    caches = sum(tensor.nbytes for tensor in manifest.state if is_cache(tensor.name))
+    rest = 2 * (manifest.state_bytes - caches)
+    assert manifest.max_context and caches
+    assert bench._state_traffic(folder, 0) == rest
+    assert bench._state_traffic(folder, manifest.max_context // 2) == rest + caches // 2

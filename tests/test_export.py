@@ -381,6 +381,8 @@ def test_caches_in_half_precision(tmp_path, ops):
     assert kinds == {"key": "float16", "value": "float16", "conv": "float32", "ssm": "float32"}
     # Worse than float32 only by the rounding of keys and values, and no worse than that.
     assert 70 < half.verification["float32"]["sqnr_db"] < full.verification["float32"]["sqnr_db"]
+    # And with keys and values in float32 the same graph is exact.
+    assert half.verification["exact"]["worst_sqnr_db"] > verify.EXACT_DB
 
     runner = OnnxRuntimeRunner(tmp_path / "half")
     ids = np.arange(20, 60)
@@ -391,6 +393,17 @@ def test_caches_in_half_precision(tmp_path, ops):
     for token in ids[30:]:
         logits, again = runner.step(int(token), again)
     np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("ops", DIALECT_NAMES)
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+def test_quantised_with_caches_in_half_precision(tmp_path, ops, quant):
+    made = export_onnx(
+        checkpoint("small", "hybrid"), tmp_path / "half", quant=quant, ops=ops, max_context=256,
+        cache="float16", accuracy=False,
+    )  # fmt: skip
+    assert made.verification["exact"]["worst_sqnr_db"] > verify.EXACT_DB
+    assert 35 < made.verification["shipped"]["sqnr_db"] < made.verification["exact"]["sqnr_db"]
 
 
 def test_half_precision_caches_need_a_cache(tmp_path):
