@@ -12,7 +12,7 @@ operators that it takes.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,7 +104,9 @@ class TextDecoder(nn.Module):
         layers = [Layer(weights, i, kind, max_context) for i, kind in enumerate(config.layer_types)]
         self.layers = nn.ModuleList(layers)
         self.positions = nn.ModuleList(
-            Positions(half, max_context) if max_context and "attention" in half.layer_types else None
+            Positions(half, max_context)
+            if max_context and "attention" in half.layer_types
+            else None
             for half in (config.embedding, config.llm)
         )
         self.norm = Norm(weights, "language_model.model.norm.weight", config.llm.rms_norm_eps)
@@ -248,8 +250,8 @@ class Mixer(nn.Module):
 class CachedAttention(nn.Module):
     """Causal attention with RoPE over a cache for `max_context` tokens.
 
-    Between two such layers XNNPACK's part ends once only, where new rows are written into the
-    cache: what depends on positions alone is computed once, for all layers (`Places`).
+    XNNPACK's part ends once a layer, where new rows are written into the cache and the rows in use
+    are cut out of it. What depends on positions alone is computed once for all layers (`Places`).
     """
 
     key: Tensor
@@ -320,7 +322,7 @@ class Positions(nn.Module):
 
     def forward(self, tokens: int, start_pos: Tensor) -> Places:
         """The next `tokens` positions from `start_pos` (1,)."""
-        first = start_pos.item()
+        first: Any = start_pos.item()  # int() would fix it
         end = first + tokens
         torch._check(first >= 0)
         torch._check(end <= len(self.positions))
@@ -328,9 +330,7 @@ class Positions(nn.Module):
         where = keys[first:]  # (tokens,)
         later = (keys > where[:, None, None]).float() * HIDDEN  # (tokens, 1, end)
         hidden = later.repeat(1, self.groups, 1).reshape(-1, end)
-        return Places(
-            where, self.cos[first:end], self.sin[first:end], end, hidden, self.turn
-        )
+        return Places(where, self.cos[first:end], self.sin[first:end], end, hidden, self.turn)
 
 
 class Norm(nn.Module):
