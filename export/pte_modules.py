@@ -103,11 +103,13 @@ class TextDecoder(nn.Module):
         config = self.config = weights.config
         layers = [Layer(weights, i, kind, max_context) for i, kind in enumerate(config.layer_types)]
         self.layers = nn.ModuleList(layers)
-        self.positions = nn.ModuleList(
-            Positions(half, max_context)
-            if max_context and "attention" in half.layer_types
-            else None
-            for half in (config.embedding, config.llm)
+        halves = {"embedding": config.embedding, "llm": config.llm}
+        self.positions = nn.ModuleDict(
+            {
+                name: Positions(half, max_context)
+                for name, half in halves.items()
+                if max_context and "attention" in half.layer_types
+            }
         )
         self.norm = Norm(weights, "language_model.model.norm.weight", config.llm.rms_norm_eps)
         self.head = linear(weights, HEAD)
@@ -131,13 +133,14 @@ class TextDecoder(nn.Module):
         square = [table[:, :tokens, :tokens] for table in (self.sums, self.future, self.shift)]
         last = torch.flip(first, [1]).transpose(1, 2)
         tables = Tables(square[0], square[1], square[2], first, last, self.ones[:, :tokens])
-        places = [None if p is None else p(tokens, start_pos) for p in self.positions]
+        places = {name: half(tokens, start_pos) for name, half in self.positions.items()}
         end, first_llm = len(self.layers) - 1, len(config.embedding.layer_types)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             if i == first_llm and config.normalize_encoder_output:
                 x = x / torch.sqrt((x * x).sum(-1, keepdim=True))
-            x = x + layer.mix(x, keep, tables, places[i >= first_llm])
+            half = "embedding" if i < first_llm else "llm"
+            x = x + layer.mix(x, keep, tables, places.get(half))
             if i == end:  # nothing below mixes positions
                 x = torch.bmm(tables.last, x)
             x = x + layer.feed_forward(x)
