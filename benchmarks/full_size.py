@@ -2,7 +2,8 @@
 
 2.7 B parameters in the released layout, sharded bfloat16 safetensors, random but realistic: norms
 of one, products that keep their scale, step sizes and decays spread as seeding spreads them. It
-says nothing sensible; it costs what the real one costs.
+says nothing sensible; it costs what the real one costs. `--size smollm2` has the sizes of
+SmolLM2-135M instead, for phones.
 """
 
 import argparse
@@ -38,6 +39,26 @@ def full_config(attention: str = "none", layers: tuple[int, int] = (8, 24)) -> C
         use_thumbnail=True, max_dynamic_patch=12,
     )  # fmt: skip
     return config.with_attention_layers(attention_layers(attention, sum(layers)))
+
+
+def smollm2_config(attention: str = "none", layers: tuple[int, int] = (7, 23)) -> Config:
+    """The sizes of SmolLM2-135M, as 30 layers of ours."""
+    halves = [
+        StackConfig(
+            hidden_size=576, intermediate_size=1536, num_attention_heads=9,
+            num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=1e5,
+            max_position_embeddings=8192, layer_types=("attention",) * count,
+        )
+        for count in layers
+    ]  # fmt: skip
+    config = Config(
+        embedding=halves[0], llm=halves[1], vocab_size=49_152, image_size=448, patch_size=14,
+        img_context_token_id=49_151, eos_token_id=2, template="chatml",
+    )  # fmt: skip
+    return config.with_attention_layers(attention_layers(attention, sum(layers)))
+
+
+SIZES = {"mmmamba": (full_config, (8, 24)), "smollm2": (smollm2_config, (7, 23))}
 
 
 def write_full_size(out: Path, config: Config, seed: int = 0) -> None:
@@ -90,10 +111,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--attention-layers", default="none", help="'head-interleaved 8': hybrid")
-    parser.add_argument("--layers", default="8,24", help="of the two halves")
+    parser.add_argument("--size", default="mmmamba", choices=list(SIZES))
+    parser.add_argument("--layers", help="of the two halves; default: 8,24 or SmolLM2's 7,23")
     args = parser.parse_args()
-    first, second = map(int, args.layers.split(","))
-    write_full_size(args.out, full_config(args.attention_layers, (first, second)))
+    make, layers = SIZES[args.size]
+    if args.layers:
+        first, second = map(int, args.layers.split(","))
+        layers = first, second
+    write_full_size(args.out, make(args.attention_layers, layers))
     print(json.dumps({"checkpoint": str(args.out)}))
     return 0
 

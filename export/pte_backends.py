@@ -32,6 +32,8 @@ def partitioners(name: str) -> list[Any]:
     module, kind, options, needs = BACKENDS[name]
     try:
         loaded = import_module(module)
+        if name == "xnnpack":
+            _fit_xnnpack()
         if name == "vulkan":  # it has no option for this, and fails over buffers that it took
             loaded.tag_mutated_buffer = lambda program: None  # pyright: ignore
         return [getattr(loaded, kind)(**options)]
@@ -40,6 +42,33 @@ def partitioners(name: str) -> list[Any]:
             f"--backend {name}: its compiler does not load ({error})"
             + (f"; pip install {needs}" if needs else "")
         ) from error
+
+
+# Passes over XNNPACK's parts that look for operators which no decoder has. Each traces every part
+# anew whether it finds one or not: with 30 layers a quarter of an export's time.
+NOT_NEEDED = {
+    "ConvertToUpsampleBilinear2d", "ConvertToSDPAPass", "PropagateCustomMetaPass",
+    "FuseBatchNormPass", "DecomposeBatchNorm", "Conv1dUnsqueezePass", "PReLUReshapePass",
+}  # fmt: skip
+
+
+def _fit_xnnpack() -> None:
+    """What XNNPACK's partitioner has no options for.
+
+    It leaves whatever has a length that is known only from a tensor's value, as the part of a cache
+    that is in use has: "conservatively", for such tensors might be empty. Ours never are.
+    """
+    config = import_module("executorch.backends.xnnpack.partition.config.xnnpack_config")
+    config.has_free_unbacked_symbols = lambda tensor: False  # pyright: ignore
+    backend = import_module("executorch.backends.xnnpack.xnnpack_preprocess")
+    every = import_module("executorch.backends.xnnpack._passes").XNNPACKPassManager
+
+    class Fewer(every):
+        def __init__(self, program: Any, passes: Any = None) -> None:
+            super().__init__(program, passes)
+            self.passes = [p for p in self.passes if p.__name__ not in NOT_NEEDED]
+
+    backend.XNNPACKPassManager = Fewer  # pyright: ignore
 
 
 def partition(graph: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ operators that it takes.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,6 +103,14 @@ class TextDecoder(nn.Module):
         config = self.config = weights.config
         layers = [Layer(weights, i, kind, max_context) for i, kind in enumerate(config.layer_types)]
         self.layers = nn.ModuleList(layers)
+        halves = {"embedding": config.embedding, "llm": config.llm}
+        self.positions = nn.ModuleDict(
+            {
+                name: Positions(half, max_context)
+                for name, half in halves.items()
+                if max_context and "attention" in half.layer_types
+            }
+        )
         self.norm = Norm(weights, "language_model.model.norm.weight", config.llm.rms_norm_eps)
         self.head = linear(weights, HEAD)
         side = chunk_of(config) + 1  # one more: a slice of all would be no slice, and be refused
@@ -125,12 +133,14 @@ class TextDecoder(nn.Module):
         square = [table[:, :tokens, :tokens] for table in (self.sums, self.future, self.shift)]
         last = torch.flip(first, [1]).transpose(1, 2)
         tables = Tables(square[0], square[1], square[2], first, last, self.ones[:, :tokens])
+        places = {name: half(tokens, start_pos) for name, half in self.positions.items()}
         end, first_llm = len(self.layers) - 1, len(config.embedding.layer_types)
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             if i == first_llm and config.normalize_encoder_output:
                 x = x / torch.sqrt((x * x).sum(-1, keepdim=True))
-            x = x + layer.mix(x, keep, start_pos, tables)
+            half = "embedding" if i < first_llm else "llm"
+            x = x + layer.mix(x, keep, tables, places.get(half))
             if i == end:  # nothing below mixes positions
                 x = torch.bmm(tables.last, x)
             x = x + layer.feed_forward(x)
@@ -156,9 +166,12 @@ class Layer(nn.Module):
             linear(weights, f"{prefix}feed_forward.{name}.weight") for name in ("w1", "w2", "w3")
         )
 
-    def mix(self, x: Tensor, keep: Tensor, start_pos: Tensor, tables: Tables) -> Tensor:
+    def mix(self, x: Tensor, keep: Tensor, tables: Tables, places: "Places | None") -> Tensor:
         """(1, tokens, hidden) -> the same."""
-        return self.attention(self.attention_norm(x), keep, start_pos, tables)
+        u = self.attention_norm(x)
+        if places is not None and isinstance(self.attention, CachedAttention):
+            return self.attention(u, places)
+        return self.attention(u, keep, tables)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """(1, tokens, hidden) -> the same."""
@@ -196,7 +209,7 @@ class Mixer(nn.Module):
         repeat = torch.ones(1, 1, heads // stack.num_key_value_heads, 1)
         self.register_buffer("repeat", repeat, persistent=False)
 
-    def forward(self, u: Tensor, keep: Tensor, start_pos: Tensor, tables: Tables) -> Tensor:
+    def forward(self, u: Tensor, keep: Tensor, tables: Tables) -> Tensor:
         """(1, tokens, hidden) -> the same; the state goes on."""
         heads, kv_heads = self.stack.num_attention_heads, self.stack.num_key_value_heads
         dim, groups = self.stack.head_dim, heads // kv_heads
@@ -238,17 +251,18 @@ class Mixer(nn.Module):
 
 
 class CachedAttention(nn.Module):
-    """Causal attention with RoPE over a cache for `max_context` tokens."""
+    """Causal attention with RoPE over a cache for `max_context` tokens.
+
+    XNNPACK's part ends once a layer, where new rows are written into the cache and the rows in use
+    are cut out of it. What depends on positions alone is computed once for all layers (`Places`).
+    """
 
     key: Tensor
     value: Tensor
-    cos: Tensor
-    sin: Tensor
-    positions: Tensor
 
     def __init__(self, weights: Weights, prefix: str, stack: StackConfig, max_context: int):
         super().__init__()
-        self.stack, self.max_context = stack, max_context
+        self.stack = stack
         rows = unpacked_rows(stack)
         packed = weights.matrix(f"{prefix}wqkv.weight")
         self.q, self.k, self.v = (linear_of(take_rows(packed, part)) for part in rows)
@@ -256,32 +270,70 @@ class CachedAttention(nn.Module):
         shape = (stack.num_key_value_heads, max_context, stack.head_dim)
         self.register_buffer("key", torch.zeros(shape))
         self.register_buffer("value", torch.zeros(shape))
+
+    def forward(self, u: Tensor, places: "Places") -> Tensor:
+        """(1, tokens, hidden) -> the same; keys and values are kept."""
+        stack = self.stack
+        heads, kv_heads, dim = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
+        groups = heads // kv_heads
+        q = _rotate(self.q(u).view(-1, heads, dim), places) * dim**-0.5
+        k = _rotate(self.k(u).view(-1, kv_heads, dim), places).transpose(0, 1)
+        v = self.v(u).view(-1, kv_heads, dim).transpose(0, 1)
+        self.key[:, places.where] = k
+        self.value[:, places.where] = v
+        # All queries of a kv head are rows of one matrix: its keys are read once for them.
+        q = q.view(-1, kv_heads, groups, dim).transpose(0, 1).contiguous()
+        q = q.view(kv_heads, -1, dim)
+        key, value = self.key[:, : places.end], self.value[:, : places.end]
+        scores = torch.bmm(q, key.transpose(1, 2)) + places.hidden
+        y = torch.bmm(torch.softmax(scores, dim=-1), value)
+        y = y.view(kv_heads, -1, groups, dim).transpose(0, 1).contiguous()
+        return self.o(y.view(1, -1, heads * dim))
+
+
+class Places(NamedTuple):
+    """What attention layers ask of the positions that are read."""
+
+    where: Tensor  # (tokens,): rows of the cache
+    cos: Tensor  # (tokens, 1, dim)
+    sin: Tensor  # (tokens, 1, dim)
+    end: int  # tokens so far, the new ones too: no more of a cache is looked at
+    hidden: Tensor  # (tokens * groups, end): HIDDEN where a key is later than the query
+    turn: Tensor  # (dim, dim): it times [a, b] is [-b, a]
+
+
+class Positions(nn.Module):
+    """`Places` of a half's attention layers."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    turn: Tensor
+
+    def __init__(self, stack: StackConfig, max_context: int):
+        super().__init__()
+        self.groups = stack.num_attention_heads // stack.num_key_value_heads
         positions = torch.arange(max_context)
         cos, sin = rope_tables(positions[None], stack, None, torch.float32)
-        self.register_buffer("cos", cos[0, 0], persistent=False)  # (max_context, dim)
-        self.register_buffer("sin", sin[0, 0], persistent=False)
+        self.register_buffer("cos", cos[0, 0, :, None], persistent=False)
+        self.register_buffer("sin", sin[0, 0, :, None], persistent=False)
         self.register_buffer("positions", positions, persistent=False)
+        one = torch.eye(stack.head_dim)
+        half = stack.head_dim // 2
+        turn = torch.cat([-one[half:], one[:half]])
+        self.register_buffer("turn", turn, persistent=False)
 
-    def forward(self, u: Tensor, keep: Tensor, start_pos: Tensor, tables: Tables) -> Tensor:
-        """(1, tokens, hidden) -> the same; keys and values are kept."""
-        stack, tokens = self.stack, u.shape[1]
-        heads, kv_heads, dim = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
-        where = start_pos + self.positions[:tokens]  # (tokens,)
-        cos, sin = self.cos[where], self.sin[where]
-        q = _rotate(self.q(u).reshape(tokens, heads, dim).transpose(0, 1), cos, sin)
-        k = _rotate(self.k(u).reshape(tokens, kv_heads, dim).transpose(0, 1), cos, sin)
-        v = self.v(u).reshape(tokens, kv_heads, dim).transpose(0, 1)
-        key, value = self.key.index_copy(1, where, k), self.value.index_copy(1, where, v)
-        self.key.copy_(key)
-        self.value.copy_(value)
-        hidden = (self.positions[None] > where[:, None]).to(u.dtype) * HIDDEN  # (tokens, context)
-        groups, past = heads // kv_heads, key.transpose(1, 2)
-        parts = []
-        for g in range(groups):  # one query head of each kv head at a time: no cache is repeated
-            scores = torch.bmm(q[g::groups], past) * dim**-0.5 + hidden
-            parts.append(torch.bmm(torch.softmax(scores, dim=-1), value))
-        y = torch.stack(parts, dim=1)  # (kv_heads, groups, tokens, dim)
-        return self.o(y.permute(2, 0, 1, 3).reshape(1, tokens, heads * dim))
+    def forward(self, tokens: int, start_pos: Tensor) -> Places:
+        """The next `tokens` positions from `start_pos` (1,)."""
+        first: Any = start_pos.item()  # int() would fix it
+        end = first + tokens
+        torch._check(first >= 0)
+        torch._check(end <= len(self.positions))
+        keys = self.positions[:end]
+        where = keys[first:]  # (tokens,)
+        later = (keys > where[:, None, None]).float() * HIDDEN  # (tokens, 1, end)
+        hidden = later.repeat(1, self.groups, 1).reshape(-1, end)
+        return Places(where, self.cos[first:end], self.sin[first:end], end, hidden, self.turn)
 
 
 class Norm(nn.Module):
@@ -321,9 +373,9 @@ def softplus(x: Tensor) -> Tensor:
     return torch.relu(x) + 2 * s * total
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+def _rotate(x: Tensor, places: Places) -> Tensor:
+    """RoPE of (tokens, heads, dim); its half turn is a product, which XNNPACK takes."""
+    return x * places.cos + nn.functional.linear(x, places.turn) * places.sin
 
 
 # --- weights -------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ def write_pte(
         memory_planning_pass=MemoryPlanningPass(),
         emit_mutable_buffer_names=True,  # else the state could be neither read nor written
         do_quant_fusion_and_const_prop=True,  # else a quantised table has no kernel
+        run_reinplace_pass=True,  # else a cache is copied twice for every token
     )
     with quietly():
         program = edge.to_executorch(config)
