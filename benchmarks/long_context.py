@@ -530,7 +530,7 @@ def plot(facts: dict[str, Any], path: Path) -> None:
                ylim=(0, None))  # fmt: skip
     for axes in (speed, memory):
         axes.grid(alpha=0.3, which="both")
-    speed.legend(fontsize=8)
+    speed.legend(fontsize=7, loc="center left", bbox_to_anchor=(0.0, 0.42), ncol=2, framealpha=0.6)
     cards = {about["card"] for about in facts["about"].values()}
     figure.suptitle(f"{facts['size']} size, batch 1, {', '.join(sorted(cards))}")
     with new_file(path) as part:
