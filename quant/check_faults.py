@@ -23,6 +23,7 @@ SUSPECT_DB = 10.0
 # So much worse is another matrix. GPTQ on 120 tokens of calibration, far too few, came to 10.
 BROKEN_DB = 15.0
 EXPLAINED_DB = 6.0  # a fault explains an error if what is left is this near to rounding's own
+LAST = {8: 127, 4: 7}  # the codes at the end of the range, in size
 FLOAT_DB = 60.0  # of what is kept in float16 or float32
 SCALE = (0.75, 1.33)  # a scale's factor between these may be a method's choice
 COLUMN = (0.4, 1.75)  # likewise of a column, over all rows
@@ -61,7 +62,7 @@ def compare(name: str, got: Matrix | None, want: Floats) -> Finding | None:
             number = part.dequantized()
             nearest = quantize_int4(wanted, got.group) if part.bits == 4 else quantize_int8(wanted)
             sums.add(number, wanted, nearest.dequantized())
-            scales.add(number, wanted, nearest, rows.start)
+            scales.add(part, wanted, nearest, rows.start)
         else:
             sums.add(part, wanted, wanted.astype(np.float16) if got.bits == 16 else wanted)
     db, expected = sums.db(sums.error), sums.db(sums.nearest)
@@ -130,27 +131,31 @@ class _Scales:
     """Groups of a matrix whose scale is off by a factor.
 
     Told by what is left once the factor is taken out: of a wrong scale rounding's own error, of a
-    group that GPTQ has moved to make up for others far more.
+    group that GPTQ has moved to make up for others far more. Weights at the end of the codes' range
+    do not count: a method that clips them has made them smaller on purpose, and all of a group
+    where one column of much larger inputs has chosen the scale.
     """
 
     def __init__(self) -> None:
         self._wrong = self._groups = 0
         self._first = ""
 
-    def add(self, got: Floats, want: Floats, nearest: Codes, first: int) -> None:
+    def add(self, got: Codes, want: Floats, nearest: Codes, first: int) -> None:
         """Some rows, the first of which is number `first`."""
         rows, groups = nearest.scale.shape
 
         def grouped(x: Floats) -> NDArray[np.float64]:
             return x.reshape(rows, groups, -1).astype(np.float64)
 
-        a, b = grouped(got), grouped(want)
+        inside = (np.abs(got.codes) < LAST[got.bits]).reshape(rows, groups, -1)
+        a, b = inside * grouped(got.dequantized()), inside * grouped(want)
         power = np.square(b).sum(axis=2)
         factor = (a * b).sum(axis=2) / np.maximum(power, 1e-300)
         left = np.square(a - factor[..., None] * b).sum(axis=2)
-        rounding = np.square(factor) * np.square(grouped(nearest.dequantized()) - b).sum(axis=2)
+        error = inside * (grouped(nearest.dequantized()) - b)
+        rounding = np.square(factor) * np.square(error).sum(axis=2)
         # Weights that are all small beside the scale's step say nothing of it.
-        telling = power / a.shape[2] > np.square(nearest.scale)
+        telling = power > np.maximum(inside.sum(axis=2), 1) * np.square(nearest.scale)
         low, high = SCALE
         off = ~((factor >= low) & (factor <= high))
         wrong = telling & off & (left <= rounding * 10 ** (EXPLAINED_DB / 10))

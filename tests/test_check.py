@@ -23,9 +23,12 @@ from mmmamba_edge.model.checkpoints import open_checkpoint
 from mmmamba_edge.quant import accuracy, thresholds
 from mmmamba_edge.quant.accuracy import ANSWER, TEXT, Estimate, Scores
 from mmmamba_edge.quant.check_data import collect
+from mmmamba_edge.quant.check_faults import compare
 from mmmamba_edge.quant.check_page import page
 from mmmamba_edge.quant.check_report import as_text
 from mmmamba_edge.quant.check_run import check
+from mmmamba_edge.quant.codes import Codes, quantize_int4
+from mmmamba_edge.quant.held_matrices import Matrix
 from mmmamba_edge.quant.plan import make_plan
 from mmmamba_edge.quant.quantize_data import Calibration, Sequence, balanced, digest
 from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
@@ -173,6 +176,31 @@ def test_a_dropped_fold(quant):
     assert "a fold was done by half" in said
     assert f"{faults.LAYER}attention.in_proj.weight" in said  # dt, which is float32
     assert "layer 2, mix" in said
+
+
+def test_weights_that_a_method_clips_are_no_wrong_scale():
+    """One column of much larger inputs may choose a group's scale, and the rest is clipped."""
+    rng = np.random.default_rng(0)
+    want = rng.standard_normal((64, 128)).astype(np.float32)
+    alike = rng.uniform(0.8, 1.0, (64, 32)) * rng.choice([-1, 1], (64, 32))
+    want[:, 32:64] = np.where(np.arange(32) < 24, alike, alike / 4)
+    codes = quantize_int4(want, 32)
+    scale = codes.scale.copy()
+    scale[:, 1] *= 0.6
+    rounded = np.rint(want.reshape(64, 4, 32) / scale[..., None]).clip(-7, 7).astype(np.int8)
+    clipped = Codes(rounded.reshape(64, 128), scale, 4)
+    wrong = Codes(codes.codes, scale, 4)
+    assert not compared(clipped, want).fault
+    assert "group 1 is 0.60" in compared(wrong, want).fault
+
+
+def compared(codes, want):
+    def read(start, stop):
+        return Codes(codes.codes[start:stop], codes.scale[start:stop], 4)
+
+    found = compare("w", Matrix(*want.shape, 4, 32, read), want)
+    assert found is not None
+    return found
 
 
 def test_other_numbers_altogether():
