@@ -47,7 +47,7 @@ def with_progress(mixers: Mixers, progress: Path) -> Mixers:
     mixers = {layer: dict(tensors) for layer, tensors in mixers.items()}
     learnt = {}
     with safe_open(progress, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118: no mapping
+        for key in file.keys():  # noqa: SIM118  (no mapping)
             if key.startswith("model."):
                 learnt[key.removeprefix("model.")] = file.get_tensor(key)
     layers = {int(name.partition(".")[0]) for name in learnt}
@@ -97,7 +97,7 @@ def load_mixers(folder: Path) -> Mixers:
     for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118: no mapping
+                for key in file.keys():  # noqa: SIM118  (no mapping)
                     layer, _, name = key.partition(".")
                     mixers.setdefault(int(layer), {})[name] = file.get_tensor(key)
         except (SafetensorError, OSError, ValueError) as error:

@@ -502,7 +502,7 @@ def test_every_quantised_bundle_carries_a_report(tmp_path):
     assert report["scheme"] == "int8 weights and activations"
     assert set(report) == {
         "format", "producer", "scheme", "reference", "data", "figures", "by_kind", "by_position",
-        "answers", "limits",
+        "answers", "head_memory", "limits",
     }  # fmt: skip
     source = checkpoint("small", "linear")
     for name, wanted in (("again", True), ("without", False)):
