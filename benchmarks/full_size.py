@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,43 +23,47 @@ from mmmamba_edge.model.checkpoints import save_checkpoint
 from mmmamba_edge.model.tensor_names import DEAD, training_shapes
 from mmmamba_edge.status import StatusLine
 
+# Of a size: its layers in the two halves, the stacks' sizes, and the rest of the config.
+SIZES: dict[str, tuple[tuple[int, int], dict[str, Any], dict[str, Any]]] = {
+    # The released models (spec 1.2).
+    "mmmamba": (
+        (8, 24),
+        {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "rope_theta": 1e6, "max_position_embeddings": 32768,
+        },
+        {
+            "vocab_size": 92_553, "img_context_token_id": 92_546, "eos_token_id": 92_542,
+            "template": "internlm2-chat", "use_thumbnail": True, "max_dynamic_patch": 12,
+        },
+    ),
+    # SmolLM2-135M, as 30 layers of ours.
+    "smollm2": (
+        (7, 23),
+        {
+            "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "rope_theta": 1e5, "max_position_embeddings": 8192,
+        },
+        {
+            "vocab_size": 49_152, "img_context_token_id": 49_151, "eos_token_id": 2,
+            "template": "chatml",
+        },
+    ),
+}  # fmt: skip
 
-def full_config(attention: str = "none", layers: tuple[int, int] = (8, 24)) -> Config:
-    """The released models' sizes (spec 1.2); fewer `layers` for a narrower look."""
+
+def full_config(
+    attention: str = "none", layers: tuple[int, int] | None = None, size: str = "mmmamba"
+) -> Config:
+    """A size of SIZES; other `layers` than its own for a narrower look."""
+    own, stack, rest = SIZES[size]
+    layers = layers or own
     halves = [
-        StackConfig(
-            hidden_size=2048, intermediate_size=8192, num_attention_heads=16,
-            num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6,
-            max_position_embeddings=32768, layer_types=("attention",) * count,
-        )
+        StackConfig(rms_norm_eps=1e-5, layer_types=("attention",) * count, **stack)
         for count in layers
-    ]  # fmt: skip
-    config = Config(
-        embedding=halves[0], llm=halves[1], vocab_size=92_553, image_size=448, patch_size=14,
-        img_context_token_id=92_546, eos_token_id=92_542, template="internlm2-chat",
-        use_thumbnail=True, max_dynamic_patch=12,
-    )  # fmt: skip
+    ]
+    config = Config(embedding=halves[0], llm=halves[1], image_size=448, patch_size=14, **rest)
     return config.with_attention_layers(attention_layers(attention, sum(layers)))
-
-
-def smollm2_config(attention: str = "none", layers: tuple[int, int] = (7, 23)) -> Config:
-    """The sizes of SmolLM2-135M, as 30 layers of ours."""
-    halves = [
-        StackConfig(
-            hidden_size=576, intermediate_size=1536, num_attention_heads=9,
-            num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=1e5,
-            max_position_embeddings=8192, layer_types=("attention",) * count,
-        )
-        for count in layers
-    ]  # fmt: skip
-    config = Config(
-        embedding=halves[0], llm=halves[1], vocab_size=49_152, image_size=448, patch_size=14,
-        img_context_token_id=49_151, eos_token_id=2, template="chatml",
-    )  # fmt: skip
-    return config.with_attention_layers(attention_layers(attention, sum(layers)))
-
-
-SIZES = {"mmmamba": (full_config, (8, 24)), "smollm2": (smollm2_config, (7, 23))}
 
 
 def write_full_size(out: Path, config: Config, seed: int = 0) -> None:
@@ -114,11 +119,11 @@ def main() -> int:
     parser.add_argument("--size", default="mmmamba", choices=list(SIZES))
     parser.add_argument("--layers", help="of the two halves; default: 8,24 or SmolLM2's 7,23")
     args = parser.parse_args()
-    make, layers = SIZES[args.size]
+    layers = None
     if args.layers:
         first, second = map(int, args.layers.split(","))
         layers = first, second
-    write_full_size(args.out, make(args.attention_layers, layers))
+    write_full_size(args.out, full_config(args.attention_layers, layers, args.size))
     print(json.dumps({"checkpoint": str(args.out)}))
     return 0
 

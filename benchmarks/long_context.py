@@ -431,6 +431,7 @@ def _line(row: dict[str, Any]) -> str:
 def as_text(facts: dict[str, Any]) -> str:
     """Three tables: latency with ratios, prefill and peaks, the arithmetic of memory."""
     rows = [row for row in facts["rows"] if row["kind"] == "row"]
+    rows.sort(key=lambda row: (row["context"], list(MODELS).index(row["model"])))
     best = _best(rows)
     lines = []
     for name, about in facts["about"].items():
@@ -444,7 +445,7 @@ def as_text(facts: dict[str, Any]) -> str:
         "| original 'repeat' / it | original 'flash' / it | static / it |",
         "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for row in sorted(rows, key=lambda r: (r["context"], list(MODELS).index(r["model"]))):
+    for row in rows:
         others = [("original", "repeat"), ("original", "flash"), ("static", None)]
         ratios = (_ratio(best, row, *other) for other in others)
         lines.append(
@@ -457,7 +458,7 @@ def as_text(facts: dict[str, Any]) -> str:
         "| decode peak GB (reserved) | less than original | weights | cache | state | rest |",
         "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    for row in sorted(rows, key=lambda r: (r["context"], list(MODELS).index(r["model"]))):
+    for row in rows:
         memory = " | ".join(f"{size / 1e9:.3f}" for size in row["memory"].values())
         lines.append(
             f"| {row['context']:,} | {row['model']} | {row['way']} | {row['prefill_s']:.2f} | "

@@ -19,10 +19,11 @@ import distilling
 import mmmamba_edge.distill
 from mmmamba_edge.cli import main
 from mmmamba_edge.distill.distill_recipe import INHERITED, NEW, STEPS, read_distill_recipe
+from mmmamba_edge.distill.mixer_file import mixers_of
 from mmmamba_edge.distill.scratch import from_scratch
 from mmmamba_edge.distill.student import attention_layers
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
-from mmmamba_edge.model.tensor_names import layer_prefix, mixer_shapes
+from mmmamba_edge.model.tensor_names import layer_prefix
 
 
 def distill(recipe, out, *more):
@@ -40,15 +41,7 @@ def losses(folder, key="loss"):
 
 def mixers(checkpoint):
     """{layer: {tensor: values}} of a checkpoint folder's Mamba-2 layers."""
-    file = open_checkpoint(checkpoint)
-    return {
-        layer: {
-            name: file.get(f"{layer_prefix(file.config, layer)}attention.{name}")
-            for name in mixer_shapes(file.config, layer)
-        }
-        for layer, kind in enumerate(file.config.layer_types)
-        if kind == "mamba2"
-    }
+    return mixers_of(open_checkpoint(checkpoint))
 
 
 @pytest.fixture(scope="module")
