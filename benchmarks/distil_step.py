@@ -31,6 +31,7 @@ from torch import Tensor
 from mmmamba_edge.bench import peak_bytes
 from mmmamba_edge.config import Config, StackConfig
 from mmmamba_edge.distill.batches import Batch
+from mmmamba_edge.distill.cuda_graph import RecordedStage
 from mmmamba_edge.distill.distill_recipe import LogitsConfig, MatchingConfig, SecondConfig
 from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.layer_matching import SCALE, LayerMatching
@@ -68,6 +69,7 @@ def main() -> int:
         "--recompute", default="layers", choices=get_args(Recompute), help="of ours, in stage 3"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
+    parser.add_argument("--cuda-graph", action="store_true", help="record ours as a CUDA graph")
     parser.add_argument("--ours-only", action="store_true", help="leave the plain step out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -75,7 +77,10 @@ def main() -> int:
     for stage in map(int, args.stages.split(",")):
         for tokens in map(int, args.tokens.split(",")):
             case = {"size": args.size, "stage": stage, "tokens": tokens, "device": args.device}
-            more = {"repeat": args.repeat, "recompute": args.recompute, "compiled": args.compile}
+            more = {
+                "repeat": args.repeat, "recompute": args.recompute, "compiled": args.compile,
+                "cuda_graph": args.cuda_graph,
+            }  # fmt: skip
             kinds = ("ours",) if args.ours_only else ("plain", "ours")
             found = {kind: _alone(kind=kind, **more, **case) for kind in kinds}
             losses = [side["loss"] for side in found.values() if "loss" in side]
@@ -88,8 +93,7 @@ def main() -> int:
         about["card"] = torch.cuda.get_device_name()
         about["SSD"] = "mamba-ssm" if mamba_kernel() else "PyTorch"
         about["conv"] = "causal-conv1d" if conv_kernel() else "PyTorch"
-    if args.compile:
-        about["compiled"] = True
+    about |= {key: True for key in ("compile", "cuda_graph") if getattr(args, key)}
     print(json.dumps({**about, "rows": rows}) if args.json else _table(about, rows))
     return 0
 
@@ -103,7 +107,7 @@ def _alone(**case: Any) -> dict[str, Any]:
 
 def measure(
     *, kind: str, stage: int, size: str, tokens: int, device: str, repeat: int,
-    recompute: Recompute, compiled: bool,
+    recompute: Recompute, compiled: bool, cuda_graph: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds a step, GiB at the peak (of the step alone, and in all), loss, FLOP and MFU.
 
@@ -114,9 +118,10 @@ def measure(
     train_only(mixers, STAGES[stage].train)
     share_output_projection(teacher, mixers)
     ids = torch.randint(10, teacher.config.vocab_size, (1, tokens), device=device)
-    batch = Batch(ids, torch.tensor([tokens], device=device), torch.ones(1, tokens, device=device))
+    lengths, weights = torch.tensor([tokens], device=device), torch.ones(1, tokens, device=device)
+    batch = Batch(ids, lengths, weights, dense=True)
     engine = Engine(device, bf16=device == "cuda")
-    step = _step(kind, stage, teacher, mixers, engine, batch, recompute, compiled)
+    step = _step(kind, stage, teacher, mixers, engine, batch, recompute, compiled, cuda_graph)
     parameters = [p for mixer in mixers.values() for p in mixer.parameters() if p.requires_grad]
     seconds, loss, before = [], 0.0, _memory(device)
     try:
@@ -125,7 +130,8 @@ def measure(
             loss = float(step())
             seconds.append(time.perf_counter() - began)
             for p in parameters:
-                p.grad = None
+                if p.grad is not None:
+                    p.grad.zero_()  # a graph adds to what is there
     except (torch.OutOfMemoryError, RuntimeError) as error:
         return {"error": str(error).partition("\n")[0]}
     peak, median = _peak(device), statistics.median(seconds[-repeat:])
@@ -195,15 +201,16 @@ def _models(size: str, device: str) -> tuple[MMMamba, dict[int, Mamba2Mixer]]:
 
 def _step(
     kind: str, stage: int, teacher: MMMamba, mixers: dict[int, Mamba2Mixer], engine: Engine,
-    batch: Batch, recompute: Recompute, compiled: bool,
+    batch: Batch, recompute: Recompute, compiled: bool, cuda_graph: bool,
 ) -> Callable[[], Tensor]:  # fmt: skip
     if kind == "ours":
         if stage < 3:
             ours = LayerMatching(teacher, mixers, engine, compiled=compiled)
         else:
             ours = LogitMatching(teacher, mixers, engine, recompute=recompute, compiled=compiled)
-        weight = float(batch.weights.sum())
-        return lambda: ours.backward(batch, 1 / weight)
+        weight = batch.weights.sum()
+        backward = RecordedStage(ours).backward if cuda_graph else ours.backward
+        return lambda: backward(batch, 1 / weight)
     plain = plain_matching if stage < 3 else plain_logits
     student = assemble(teacher, mixers)
 
@@ -240,7 +247,7 @@ def materialised_attention(attention: Attention, u: Tensor) -> Tensor:
     """softmax(q k^T) v with the (heads, seq, seq) matrix in memory: (batch, seq, hidden)."""
     seq = u.shape[1]
     positions = torch.arange(seq, device=u.device)[None]
-    q, k, v = attention._project(u, positions, None)
+    q, k, v = attention.project(u, positions, None)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5

@@ -1,9 +1,16 @@
 """A training step recorded once as a CUDA graph: one launch in place of thousands."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from mmmamba_edge.distill.batches import Batch
+
+if TYPE_CHECKING:
+    from mmmamba_edge.distill.training import Stage
 
 
 def graphed(backward: Callable[..., Tensor], example: dict[str, Tensor]) -> Callable[..., Tensor]:
@@ -14,8 +21,8 @@ def graphed(backward: Callable[..., Tensor], example: dict[str, Tensor]) -> Call
     not set gradients to None in between.
 
     Args:
-        backward: batch -> loss. It must drop old gradients itself, do the same work on every call,
-            and never wait for the device.
+        backward: batch -> loss. It must drop old gradients itself or add to them in place, do the
+            same work on every call, and never wait for the device.
         example: a batch; all batches have its shapes and types.
 
     Returns:
@@ -40,3 +47,47 @@ def graphed(backward: Callable[..., Tensor], example: dict[str, Tensor]) -> Call
         return loss
 
     return replay
+
+
+class RecordedStage:
+    """A distillation stage whose gradients of dense micro-batches are replayed from a CUDA graph.
+
+    The first dense batch is recorded, and those of its shape replay it; others run as they are. All
+    add to the same `.grad` tensors, which must stay: zero them, do not set them to None.
+
+    Args:
+        stage: what is recorded; one process, and nothing read from disk by its `backward`.
+    """
+
+    def __init__(self, stage: "Stage") -> None:
+        self.mixers, self.units, self.loss = stage.mixers, stage.units, stage.loss
+        self._backward = stage.backward
+        self._parameters = [
+            p for mixer in stage.mixers.values() for p in mixer.parameters() if p.requires_grad
+        ]
+        self._shape: torch.Size | None = None
+
+    def backward(self, batch: Batch, factor: Tensor | float) -> Tensor:
+        """`Stage.backward`; the loss is a copy."""
+        if not batch.dense or self._shape not in (None, batch.ids.shape):
+            return self._backward(batch, factor)
+        factor = torch.as_tensor(factor, dtype=torch.float32, device=batch.ids.device)
+        if self._shape is None:
+            self._shape = batch.ids.shape
+            self._replay = self._record(batch, factor)
+        return self._replay(ids=batch.ids, factor=factor).clone()
+
+    def _record(self, batch: Batch, factor: Tensor) -> Callable[..., Tensor]:
+        for p in self._parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        before = [p.grad.clone() for p in self._parameters if p.grad is not None]
+
+        def backward(ids: Tensor, factor: Tensor) -> Tensor:
+            # All positions of a dense batch are real and weigh 1: only the ids are new.
+            return self._backward(replace(batch, ids=ids), factor)
+
+        replay = graphed(backward, {"ids": batch.ids, "factor": factor})
+        for p, gradient in zip(self._parameters, before, strict=True):
+            assert p.grad is not None
+            p.grad.copy_(gradient)  # without what the warm-up added
+        return replay

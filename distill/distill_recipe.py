@@ -143,6 +143,8 @@ class EngineConfig:
         shard: FSDP2 instead of DDP: trained weights, gradients and optimiser state are spread over
             the processes.
         compile: torch.compile the mixers and what of the models lies around them.
+        cuda_graph: record the gradients of text micro-batches once and replay them: one launch
+            where there were thousands. One process, on CUDA; not for stage 3 with `topk`.
     """
 
     bf16: bool = True
@@ -150,6 +152,7 @@ class EngineConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     shard: bool = False
     compile: bool = False
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,9 @@ class Engine:
 
     Args:
         device: "cpu", "cuda", or None for what accelerate finds.
-        bf16: autocast to bfloat16; trained weights stay float32.
+        bf16: autocast to bfloat16; trained weights stay float32. What is left of float32 products
+            on CUDA, states carried from chunk to chunk, becomes tf32: they are rounded to bfloat16
+            next.
         shard: FSDP2 instead of DDP, where there are several processes.
     """
 
@@ -40,6 +42,8 @@ class Engine:
         # Precision is ours (autocast below): accelerate's would be fixed for the whole process.
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.bf16 = bf16
+        if bf16 and self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
         asked = shard or self._accelerator.distributed_type == DistributedType.FSDP
         self.shards = asked and self.world > 1
 
@@ -64,15 +68,18 @@ class Engine:
             raise UserError(f"batch {rows}: not divisible by {self.world} processes")
         return Share(rows, micro_rows, self._accelerator.process_index, self.world)
 
-    def compile(self, module: nn.Module) -> None:
-        """torch.compile a module in place."""
+    def compile(self, module: nn.Module, method: str | None = None) -> None:
+        """torch.compile a module in place, or one of its methods alone."""
         import torch._dynamo
 
         # A table of students compiles one class for many trainable sets; beyond the limit (8) torch
         # would go on uncompiled without a word.
         torch._dynamo.config.recompile_limit = 64
         look_up_kernels()  # now: tracing through an import breaks graphs
-        module.compile()
+        if method is None:
+            module.compile()
+        else:
+            setattr(module, method, torch.compile(getattr(module, method)))
 
     def autocast(self) -> AbstractContextManager:
         """bfloat16 where the recipe says so."""

@@ -7,7 +7,6 @@ memory does not grow with depth, and no attention matrix exists.
 """
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,7 +85,7 @@ class LayerMatching:
         engine: where it runs.
         match: what of a layer is compared.
         relative: whether each layer's error is divided by its target's mean square.
-        compiled: torch.compile the mixers, and the teacher's norms and MLPs.
+        compiled: torch.compile the mixers, and what of the teacher's layers is not hooked.
     """
 
     def __init__(
@@ -97,11 +96,14 @@ class LayerMatching:
         self._match: Match = match
         layers = sorted(mixers)
         units = [MatchedMixer(mixers[i], match, relative) for i in layers]
-        if compiled:
-            # The teacher's attention is hooked, and stays as it is; what lies between need not.
-            parts = [(x.attention_norm, x.ffn_norm, x.feed_forward) for x in teacher.layers]
-            for module in [*units, *chain(*parts)]:
-                engine.compile(module)
+        for unit in units if compiled else ():
+            engine.compile(unit)
+        for layer in teacher.layers if compiled else ():
+            # Its attention is hooked, and stays as it is; what lies around need not.
+            engine.compile(layer.attention_norm)
+            assert isinstance(layer.attention, Attention)
+            engine.compile(layer.attention.rotary)
+            engine.compile(layer, "fed")
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
         self._weights: Tensor | None = None

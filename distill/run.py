@@ -175,6 +175,7 @@ def open_run(
         raise UserError(f"{recipe.teacher}: pixel_shuffle_loc 'post' (HoVLE-HD) is not distilled")
     attention_layers(recipe.student.attention_layers, len(file.config.layer_types))
     _held_out(recipe)
+    _recordable(recipe, engine)
     begin = None if init is None else open_init(init, file)
     source = open_source(recipe.data, file, out / "index")
     validation = None
@@ -218,6 +219,21 @@ def open_source(config: DataConfig, teacher: Checkpoint, index: Path) -> Source:
         seed=config.seed, max_length=config.max_length, max_tiles=config.max_tiles,
         positions=config.positions, window=config.window, threads=config.threads,
     )  # fmt: skip
+
+
+def _recordable(recipe: Recipe, engine: Engine) -> None:
+    if not recipe.engine.cuda_graph:
+        return
+    if engine.device.type != "cuda" or engine.world > 1:
+        raise UserError(
+            "[engine] cuda_graph: one process on a CUDA device can record its steps; here are "
+            f"{engine.world} on {engine.device.type}. Leave it out"
+        )
+    if 3 in recipe.stages and recipe.stage3.topk:
+        raise UserError(
+            "[engine] cuda_graph: the teacher's answers of [stage3] topk come from the disk, which "
+            "no graph reads; set one of the two"
+        )
 
 
 def _held_out(recipe: Recipe) -> None:

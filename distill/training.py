@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmmamba_edge.distill.batches import Batch, Share, Source, StepBatches
+from mmmamba_edge.distill.cuda_graph import RecordedStage
 from mmmamba_edge.distill.distill_recipe import EngineConfig, StageConfig
 from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.metrics import Metrics
@@ -54,7 +55,7 @@ def train(
         config: the stage's table of the recipe.
         out: the stage's folder.
         title: of the progress line.
-        kind: which optimiser.
+        kind: which optimiser, and whether steps are recorded.
         validation: held-out rows; their mean loss is measured now and then.
     """
     parameters = trained(stage.mixers)
@@ -67,6 +68,8 @@ def train(
     metrics = Metrics(out, title, engine, config.steps, progress.step)
     validate = Validation(stage, validation, engine, share)
     saved = progress.step
+    if kind.cuda_graph:
+        stage = RecordedStage(stage)
     try:
         if progress.step == 0:
             validate(metrics, 0)
@@ -117,7 +120,7 @@ def optimise(
             losses.append(stage.backward(batch.to(engine.device), factor))
     norm = engine.clip(list(parameters.values()), clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not isinstance(stage, RecordedStage))
     return torch.stack(losses).sum() / engine.world, norm
 
 

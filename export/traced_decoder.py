@@ -136,7 +136,7 @@ def _attend(attention: Attention, u: Tensor, key: Tensor, value: Tensor) -> tupl
     config, past = attention.config, key.shape[2]
     positions = torch.arange(past + u.shape[1], device=u.device)
     own = positions[past:]  # of the queries
-    q, k, v = attention._project(u, own[None], None)
+    q, k, v = attention.project(u, own[None], None)
     key, value = torch.cat([key, k], dim=2), torch.cat([value, v], dim=2)
 
     # Each kv head serves `groups` heads, which go beside it as rows of one product.

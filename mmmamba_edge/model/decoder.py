@@ -53,7 +53,11 @@ class DecoderLayer(Frugal):
         return self.again(self._block, x, lengths, state)
 
     def _block(self, x: Tensor, lengths: Tensor | None, state) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), lengths, state)
+        return self.fed(x, self.attention(self.attention_norm(x), lengths, state))
+
+    def fed(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block from the mixer's output on: both (batch, seq, hidden)."""
+        x = x + mixed
         return x + self.feed_forward(self.ffn_norm(x))
 
 

@@ -65,6 +65,32 @@ class AttentionState:
         return AttentionState(self.key.clone(), self.value.clone(), self.length.clone())
 
 
+class Rotary(nn.Module):
+    """Packed projections to queries, keys and values, the first two rotated by position.
+
+    A module of its own, without parameters, so that torch.compile can take it alone.
+    """
+
+    def __init__(self, config: StackConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, packed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, heads or kv_heads, seq, head_dim) of each.
+
+        Args:
+            packed: (batch, seq, width of `wqkv`).
+            cos, sin: of `rope_tables`. Made outside: compiled, they would be made for every head.
+        """
+        c = self.config
+        groups = c.num_attention_heads // c.num_key_value_heads
+        packed = packed.unflatten(-1, (c.num_key_value_heads, groups + 2, c.head_dim))
+        q = packed[..., :groups, :].flatten(2, 3).transpose(1, 2)
+        k = packed[..., -2, :].transpose(1, 2)
+        v = packed[..., -1, :].transpose(1, 2)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE; `wqkv` is packed per kv head (spec 2.3)."""
 
@@ -75,6 +101,7 @@ class Attention(nn.Module):
             config.hidden_size, config.hidden_size + 2 * config.key_value_dim, bias=False
         )
         self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.rotary = Rotary(config)
 
     def new_state(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
         """An empty cache for `capacity` tokens."""
@@ -103,7 +130,7 @@ class Attention(nn.Module):
         if state is None:
             positions = torch.arange(seq, device=x.device)[None]  # (1, seq)
             whole = lengths if lengths is not None else positions.new_full((1,), seq)
-            q, k, v = self._project(x, positions, whole)
+            q, k, v = self.project(x, positions, whole)
             # Padding is on the right: causal order alone keeps it from every real query.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -116,7 +143,7 @@ class Attention(nn.Module):
             positions = state.length[:, None] + torch.arange(seq, device=x.device)  # (batch, seq)
             # The cache keeps rotated keys, so decoding uses the plain base, as the released student
             # does; dynamic NTK, which depends on the whole length, serves whole sequences only.
-            q, k, v = self._project(x, positions, None)
+            q, k, v = self.project(x, positions, None)
             rows = torch.arange(batch, device=x.device)[:, None]
             state.key[rows, :, positions] = k.transpose(1, 2)
             state.value[rows, :, positions] = v.transpose(1, 2)
@@ -134,18 +161,17 @@ class Attention(nn.Module):
             state.length += seq if lengths is None else lengths
         return self.wo(y.transpose(1, 2).flatten(2))
 
-    def _project(
+    def project(
         self, x: Tensor, positions: Tensor, whole: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values: (batch, heads or kv_heads, seq, head_dim), rotated."""
-        c = self.config
-        groups = c.num_attention_heads // c.num_key_value_heads
-        packed = self.wqkv(x).unflatten(-1, (c.num_key_value_heads, groups + 2, c.head_dim))
-        q = packed[..., :groups, :].flatten(2, 3).transpose(1, 2)
-        k = packed[..., -2, :].transpose(1, 2)
-        v = packed[..., -1, :].transpose(1, 2)
-        cos, sin = rope_tables(positions, c, whole, q.dtype)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        """Queries, keys, values: (batch, heads or kv_heads, seq, head_dim), rotated.
+
+        Args:
+            x: (batch, seq, hidden).
+            positions, whole: as in `rope_tables`.
+        """
+        packed = self.wqkv(x)
+        return self.rotary(packed, *rope_tables(positions, self.config, whole, packed.dtype))
 
 
 def split_wqkv(weight: Tensor, config: StackConfig) -> tuple[Tensor, Tensor, Tensor]:

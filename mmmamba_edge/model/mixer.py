@@ -97,8 +97,17 @@ class Mamba2Mixer(Frugal):
 
         This is what distillation stages 1 and 2 compare with the teacher's attention (spec 6.2).
         """
-        z = torch.cat([self.v_proj(x), self.k_proj(x), self.q_proj(x)], dim=-1)
-        return self.again(self._mixed, z, self.in_proj(x), self.g_proj(x), lengths, state)
+        return self.again(
+            self._mixed, self._projected(x), self.in_proj(x), self.g_proj(x), lengths, state
+        )
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """v, k and q before the conv: (batch, seq, channels)."""
+        parts = (self.v_proj, self.k_proj, self.q_proj)
+        if torch.compiler.is_dynamo_compiling() and all(type(part) is nn.Linear for part in parts):
+            # One product and no copy of its result; eager, the weights would be copied instead.
+            return F.linear(x, torch.cat([part.weight for part in parts]))
+        return torch.cat([part(x) for part in parts], dim=-1)
 
     def _mixed(
         self, z: Tensor, dt: Tensor, gate: Tensor, lengths: Tensor | None, state: MixerState | None
@@ -118,7 +127,8 @@ class Mamba2Mixer(Frugal):
     def _ssd_inputs(
         self, z: Tensor, dt: Tensor, lengths: Tensor | None, state: MixerState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v (batch, seq, heads, head_dim) after conv and SiLU, and dt (batch, seq, heads)."""
+        """After conv and SiLU: q (batch, seq, heads, head_dim), k and v (batch, seq, kv_heads,
+        head_dim), and dt (batch, seq, heads)."""
         c = self.config
         wide = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
@@ -132,8 +142,7 @@ class Mamba2Mixer(Frugal):
             state.conv = column
         v, k, q = z.split([c.key_value_dim, c.key_value_dim, c.hidden_size], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in (q, k, v))
-        groups = c.num_attention_heads // c.num_key_value_heads
-        return q, k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), dt
+        return q, k, v, dt
 
 
 def causal_conv(
@@ -153,10 +162,11 @@ def causal_conv(
     """
     batch, seq, channels = z.shape
     kernel = weight.shape[-1]
-    before = (
-        z.new_zeros(batch, kernel - 1, channels) if state is None else state.transpose(1, 2).to(z)
-    )
-    padded = torch.cat([before, z], dim=1)  # (batch, kernel - 1 + seq, channels)
+    if state is None:
+        padded = F.pad(z, (0, 0, kernel - 1, 0))
+    else:
+        padded = torch.cat([state.transpose(1, 2).to(z), z], dim=1)
+    # padded: (batch, kernel - 1 + seq, channels)
     if z.is_cuda and z.dtype != torch.float64 and (fused := conv_kernel()):
         columns = padded.transpose(1, 2)  # (batch, channels, kernel - 1 + seq)
         y = fused(columns, weight[:, 0], bias, activation="silu").transpose(1, 2)[:, kernel - 1 :]

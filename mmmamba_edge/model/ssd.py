@@ -7,14 +7,15 @@ This is Mamba-2 (arXiv 2405.21060) in the words of attention, as mmMamba seeds i
 
     here        paper   shape                                 meaning
     query q     C       (batch, seq, heads, key_dim)          reads the state
-    key k       B       (batch, seq, heads, key_dim)          where the state is written
-    value v     x       (batch, seq, heads, value_dim)        what is written
+    key k       B       (batch, seq, kv_heads, key_dim)       where the state is written
+    value v     x       (batch, seq, kv_heads, value_dim)     what is written
     dt          Delta   (batch, seq, heads)                   step size after softplus; 0 at padding
     a           A       (heads,)                              negative; exp(dt a) is the decay
     state S     h       (batch, heads, key_dim, value_dim)    all that is remembered
 
 `scan` is the oracle, `chunked` serves training and prefill, `step` serves decoding. Each takes a
-state (None: zeros) and returns the new one. A position with dt = 0 neither decays the state nor
+state (None: zeros) and returns the new one. As in grouped-query attention each key and value head
+serves heads / kv_heads query heads, in order. A position with dt = 0 neither decays the state nor
 writes to it: that is how padding stays out.
 """
 
@@ -27,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK = 64  # positions
+
 
 def scan(
     q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor | None = None
@@ -36,9 +39,10 @@ def scan(
     Returns:
         y (batch, seq, heads, value_dim) and the state after the last position.
     """
-    s = _zeros(q, v, q.dtype) if state is None else state
+    batch, seq, heads, key_dim = q.shape
+    s = q.new_zeros(batch, heads, key_dim, v.shape[3]) if state is None else state
     outputs = []
-    for t in range(q.shape[1]):
+    for t in range(seq):
         y, s = step(q[:, t], k[:, t], v[:, t], dt[:, t], a, s)
         outputs.append(y)
     return torch.stack(outputs, dim=1), s
@@ -52,6 +56,7 @@ def step(
     Returns:
         y (batch, heads, value_dim) and the new state, in the state's dtype.
     """
+    k, v = _per_head(k, q), _per_head(v, q)
     dt = dt.to(state.dtype)
     decay = torch.exp(dt * a.to(state.dtype))  # (batch, heads)
     write = k.to(state.dtype)[..., :, None] * (dt[..., None] * v)[..., None, :]
@@ -68,51 +73,63 @@ def chunked(
     a: Tensor,
     state: Tensor | None = None,
     *,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same map as matrix products (spec 3.3): attention inside chunks, a state between.
 
     Decays and the carried state are at least float32. On CUDA in half precision (or autocast to it)
     mamba-ssm's kernel takes over where it is installed; its float32 is tf32, so float32 stays here.
 
+    Args:
+        q, k, v, dt, a, state: as above.
+        chunk: positions a chunk; None: what suits the way this is run.
+
     Returns:
         y (batch, seq, heads, value_dim) in q's dtype and the float32 (or float64) state.
     """
     if (half := _half_precision(q)) and (kernel := mamba_kernel()):
-        return _chunked_by(kernel, q.to(half), k.to(half), v.to(half), dt, a, state, chunk)
+        return _chunked_by(kernel, q.to(half), k.to(half), v.to(half), dt, a, state, chunk or CHUNK)
+    if chunk is None:
+        # Compiled, a chunk's scores cost little, and states pass through memory several times.
+        chunk = 2 * CHUNK if q.is_cuda and torch.compiler.is_dynamo_compiling() else CHUNK
     batch, seq, heads, key_dim = q.shape
     pad = -seq % chunk
+    groups = (k.shape[2], heads // k.shape[2])  # kv heads, and the query heads that each serves
     # Padding dt with 0 after softplus leaves the final state alone.
-    q_, k_, v_ = (_split(x, pad, chunk) for x in (q, k, v))  # (batch, chunks, chunk, heads, dim)
+    # Axes: batch, chunk c, position l or s, kv head g, query head r of g, key_dim n, value_dim p.
+    q_, k_, v_ = (_split(x, pad, chunk) for x in (q, k, v))
+    q_ = q_.unflatten(3, groups)
     wide = torch.promote_types(dt.dtype, torch.float32)
-    dt_ = _split(dt.to(wide), pad, chunk)  # (batch, chunks, chunk, heads)
-    log_decay = torch.cumsum(dt_ * a.to(wide), dim=2)
-    input_ = v_ * dt_[..., None].to(v.dtype)  # dt v
+    dt_ = _split(dt.to(wide), pad, chunk).unflatten(3, groups)  # bcsgr
+    log_decay = torch.cumsum(dt_ * a.to(wide).unflatten(0, groups), dim=2)
 
-    # 1. Within a chunk: attention whose scores fade with distance.
-    fade = log_decay.transpose(2, 3)  # (batch, chunks, heads, chunk)
-    distance = fade[..., :, None] - fade[..., None, :]  # (batch, chunks, heads, query, key)
+    # 1. Within a chunk: attention whose scores fade with distance, and step with dt.
+    fade = log_decay.permute(0, 1, 3, 4, 2)  # bcgrl
+    distance = fade[..., :, None] - fade[..., None, :]  # bcgrls
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     # Mask before exp: distances above the diagonal are positive and may overflow.
     weight = torch.exp(distance.masked_fill(~causal, float("-inf")))
-    scores = torch.einsum("bclhn,bcshn->bchls", q_, k_) * weight.to(q.dtype)
-    y = torch.einsum("bchls,bcshp->bclhp", scores, input_)
+    weight = weight * dt_.permute(0, 1, 3, 4, 2)[..., None, :]
+    scores = torch.einsum("bclgrn,bcsgn->bcgrls", q_, k_) * weight.to(q.dtype)
+    y = torch.einsum("bcgrls,bcsgp->bclgrp", scores, v_)
 
     # 2. What each chunk adds to the state by its end.
-    to_end = torch.exp(log_decay[:, :, -1:] - log_decay)  # (batch, chunks, chunk, heads)
-    added = torch.einsum("bcshn,bcshp->bchnp", k_ * to_end[..., None].to(k.dtype), input_)
+    to_end = torch.exp(log_decay[:, :, -1:] - log_decay) * dt_  # bcsgr
+    faded = v_[..., None, :] * to_end[..., None].to(v.dtype)  # bcsgrp
+    added = torch.einsum("bcsgn,bcsgrp->bcgrnp", k_, faded)
+    added = added.flatten(2, 3).to(wide)
 
     # 3. Carry the state from chunk to chunk.
-    whole = log_decay[:, :, -1]  # (batch, chunks, heads)
+    whole = log_decay[:, :, -1].flatten(2)  # (batch, chunks, heads)
     if state is None and torch.compiler.is_dynamo_compiling():
-        carried, s = _carried_at_once(whole, added.to(wide))
+        carried, s = _carried_at_once(whole, added)
     else:
-        start = _zeros(q, v, wide) if state is None else state.to(wide)
-        carried, s = _carried(whole, added.to(wide), start)
+        start = q.new_zeros(batch, heads, key_dim, v.shape[3], dtype=wide)
+        carried, s = _carried(whole, added, start if state is None else state.to(wide))
 
     # 4. What the carried state contributes.
-    from_start = torch.exp(log_decay)[..., None].to(q.dtype)
-    y = y + torch.einsum("bclhn,bchnp->bclhp", q_ * from_start, carried.to(q.dtype))
+    carried = carried.to(q.dtype).unflatten(2, groups)  # bcgrnp
+    y = y + torch.einsum("bclgrn,bcgrnp->bclgrp", q_, carried) * torch.exp(log_decay)[..., None]
     return y.reshape(batch, seq + pad, heads, -1)[:, :seq].to(q.dtype), s
 
 
@@ -181,6 +198,7 @@ def _chunked_by(
     kernel: Callable[..., tuple[Tensor, Tensor]],
     q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor, state: Tensor | None, chunk: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    k, v = _per_head(k, q), _per_head(v, q)
     # The kernel keeps its state as (batch, heads, value_dim, key_dim).
     initial = None if state is None else state.transpose(2, 3).contiguous()
     y, final = kernel(
@@ -189,8 +207,9 @@ def _chunked_by(
     return y, final.transpose(2, 3).float().contiguous()
 
 
-def _zeros(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+def _per_head(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values (..., kv_heads, dim), each repeated for the query heads that it serves."""
+    return x.repeat_interleave(q.shape[-2] // x.shape[-2], dim=-2)
 
 
 def _split(x: Tensor, pad: int, chunk: int) -> Tensor:

@@ -1,0 +1,83 @@
+"""A stage's gradients from a CUDA graph are those that it computes itself."""
+
+import pytest
+import torch
+
+import distilling
+from mmmamba_edge.cli import main
+from mmmamba_edge.distill import cuda_graph
+from mmmamba_edge.distill.batches import Batch
+from mmmamba_edge.distill.cuda_graph import RecordedStage
+from mmmamba_edge.distill.distill_recipe import LogitsConfig, MatchingConfig
+from mmmamba_edge.distill.engine import Engine
+from mmmamba_edge.distill.layer_matching import LayerMatching
+from mmmamba_edge.distill.logit_matching import LogitMatching
+from mmmamba_edge.distill.scratch import from_scratch
+from mmmamba_edge.distill.student import freeze, share_output_projection, train_only
+from mmmamba_edge.model.mixer import Mamba2Mixer
+
+
+def replayed_by_hand(backward, example):
+    """What `graphed` promises, without a graph: three rounds to warm up, inputs at fixed places."""
+    inputs = {name: tensor.clone() for name, tensor in example.items()}
+    for _ in range(3):
+        backward(**inputs)
+
+    def replay(**batch):
+        for name, tensor in batch.items():
+            inputs[name].copy_(tensor)
+        return backward(**inputs)
+
+    return replay
+
+
+def stage_of(number: int, device: str):
+    torch.manual_seed(0)
+    teacher = freeze(from_scratch(distilling.config()).to(device))
+    mixers = {i: Mamba2Mixer(teacher.config.stack_of(i)).to(device) for i in range(4)}
+    train_only(mixers, (MatchingConfig() if number == 1 else LogitsConfig()).train)
+    share_output_projection(teacher, mixers)
+    kind = LayerMatching if number == 1 else LogitMatching
+    return kind(teacher, mixers, Engine(device))
+
+
+def dense(seq: int, device: str, *, seed: int) -> Batch:
+    ids = torch.randint(10, 40, (2, seq), generator=torch.Generator().manual_seed(seed))
+    weights, lengths = torch.ones(2, seq), torch.tensor([seq, seq])
+    return Batch(ids, lengths, weights, dense=True).to(device)
+
+
+def accumulated(stage, batches) -> tuple[list, list]:
+    losses = [stage.backward(batch, torch.tensor(0.5 + i)) for i, batch in enumerate(batches)]
+    parameters = [p for m in stage.mixers.values() for p in m.parameters() if p.requires_grad]
+    return losses, [p.grad for p in parameters]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["by-hand", "graph"]
+)
+def test_recorded_gradients_are_the_stages_own(number, device, monkeypatch):
+    """Of two recorded batches, one of another length between them, and one that is not dense."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if device == "cpu":
+        monkeypatch.setattr(cuda_graph, "graphed", replayed_by_hand)
+    padded = dense(70, device, seed=3)
+    padded = Batch(padded.ids, padded.lengths - 5, (padded.ids < 35).float())
+    batches = [dense(70, device, seed=1), dense(33, device, seed=2), padded]
+    batches += [dense(70, device, seed=4)]
+    if device == "cuda":
+        batches = [batch.to(device) for batch in batches]
+    want = accumulated(stage_of(number, device), batches)
+    got = accumulated(RecordedStage(stage_of(number, device)), batches)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert any(float(gradient.abs().max()) > 1e-4 for gradient in want[1])
+
+
+def test_a_recipe_that_cannot_be_recorded_is_refused(tmp_path, capsys):
+    recipe = distilling.make(tmp_path)
+    args = ["distill", str(recipe), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*args, "--set", "engine.cuda_graph=true"]) == 2
+    assert "cuda_graph: one process on a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
