@@ -104,7 +104,8 @@ def _tensor(name: str, shape: tuple[int, ...], layers: int, random: torch.Genera
         return noise
     if name.endswith("in_proj.weight"):
         return noise * 0.02
-    if "embedd" in name and not name.endswith("patch_embedding.weight"):
+    inside = name.removeprefix("embedding_model.")  # of which "encoder" holds layers as any other
+    if "embedding" in inside and not inside.endswith("patch_embedding.weight"):
         return noise * 0.5
     noise *= math.prod(shape[1:]) ** -0.5  # a product keeps its input's scale
     into_stream = name.endswith(("o_proj.weight", "wo.weight", "w2.weight"))
