@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from PIL import Image
 
@@ -27,7 +28,7 @@ def write_talk(out: Path, art: Path, split: Split, count: int, seed: int = 0) ->
     Args:
         out: folder.
         art: made by scenes.art.
-        split: train or val.
+        split: whose scenes; test is for `check`, never for training.
         count: pictures.
         seed: other scenes for another number.
     """
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--art", type=Path, required=True, help="folder made by scenes.art")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--split", choices=["train", "val"], default="train")
+    parser.add_argument("--split", choices=get_args(Split), default="train")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:

@@ -186,7 +186,10 @@ def _prompts(model: MMMamba, tokenizer: Tokenizer) -> list[tuple[str, list[int],
     found = [(text, tokenizer.encode([Text(text)]).tolist(), stop) for text in OPENINGS]
     template = get_template(model.config.template)
     for question in QUESTIONS:
-        turn = [*template.opening(), *template.user_turn(question, tokens_per_tile=1)]
+        turn = [
+            *template.opening(), *template.user_turn(question, tokens_per_tile=1),
+            *template.assistant_prefix,
+        ]  # fmt: skip
         found.append((question, tokenizer.encode(turn).tolist(), stop))
     return found
 
