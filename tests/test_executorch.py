@@ -140,7 +140,7 @@ def lowered(module, x):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_products_are_torchaos(bits):
     """8da8w and 8da4w against torchao's eager product."""
-    from mmmamba_edge.export.pte_modules import linear_of
+    from mmmamba_edge.export.pte_weights import linear_of
 
     weight = np.random.default_rng(0).standard_normal((96, 128)).astype(np.float32)
     layer = linear_of(quantize_int4(weight, 32) if bits == 4 else quantize_int8(weight))
