@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.export.decoder_graph import unpacked_rows
-from mmmamba_edge.export.pte_cache import cache_rows
+from mmmamba_edge.export.pte_memory import cache_rows
 from mmmamba_edge.export.pte_weights import linear, linear_of
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.layers import rope_tables

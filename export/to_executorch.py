@@ -15,7 +15,7 @@ from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.decoder_graph import state_layout
 from mmmamba_edge.export.pte_backends import check_backend, partition, partitioners
-from mmmamba_edge.export.pte_cache import memory_planning
+from mmmamba_edge.export.pte_memory import memory_planning
 from mmmamba_edge.export.pte_modules import (
     TextDecoder,
     TokenEmbedding,
