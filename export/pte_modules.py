@@ -12,22 +12,17 @@ operators that it takes.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmmamba_edge.config import Config, StackConfig
-from mmmamba_edge.export.decoder_graph import unpacked_rows
-from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Matrix, Weights
-from mmmamba_edge.model.layers import rope_tables
+from mmmamba_edge.export.pte_attention import HIDDEN, CachedAttention, Places, Positions
+from mmmamba_edge.export.pte_weights import float_parameter, linear, parameter
+from mmmamba_edge.export.weights import EMBEDDING, HEAD, PROJECTOR, STEM, Weights
 from mmmamba_edge.model.mixer import G_NORM_EPS
-from mmmamba_edge.quant.codes import Codes, take_rows
-from mmmamba_edge.runtimes.executorch_runner import quietly
-
-HIDDEN = -1e9  # added to a log weight or a score that must not count: exp of it is 0
 
 
 def chunk_of(config: Config) -> int:
@@ -166,7 +161,7 @@ class Layer(nn.Module):
             linear(weights, f"{prefix}feed_forward.{name}.weight") for name in ("w1", "w2", "w3")
         )
 
-    def mix(self, x: Tensor, keep: Tensor, tables: Tables, places: "Places | None") -> Tensor:
+    def mix(self, x: Tensor, keep: Tensor, tables: Tables, places: Places | None) -> Tensor:
         """(1, tokens, hidden) -> the same."""
         u = self.attention_norm(x)
         if places is not None and isinstance(self.attention, CachedAttention):
@@ -250,92 +245,6 @@ class Mixer(nn.Module):
         return (tuple(rows[i : i + 3]) for i in range(0, len(rows), 3))
 
 
-class CachedAttention(nn.Module):
-    """Causal attention with RoPE over a cache for `max_context` tokens.
-
-    XNNPACK's part ends once a layer, where new rows are written into the cache and the rows in use
-    are cut out of it. What depends on positions alone is computed once for all layers (`Places`).
-    """
-
-    key: Tensor
-    value: Tensor
-
-    def __init__(self, weights: Weights, prefix: str, stack: StackConfig, max_context: int):
-        super().__init__()
-        self.stack = stack
-        rows = unpacked_rows(stack)
-        packed = weights.matrix(f"{prefix}wqkv.weight")
-        self.q, self.k, self.v = (linear_of(take_rows(packed, part)) for part in rows)
-        self.o = linear(weights, f"{prefix}wo.weight")
-        shape = (stack.num_key_value_heads, max_context, stack.head_dim)
-        self.register_buffer("key", torch.zeros(shape))
-        self.register_buffer("value", torch.zeros(shape))
-
-    def forward(self, u: Tensor, places: "Places") -> Tensor:
-        """(1, tokens, hidden) -> the same; keys and values are kept."""
-        stack = self.stack
-        heads, kv_heads, dim = stack.num_attention_heads, stack.num_key_value_heads, stack.head_dim
-        groups = heads // kv_heads
-        q = _rotate(self.q(u).view(-1, heads, dim), places) * dim**-0.5
-        k = _rotate(self.k(u).view(-1, kv_heads, dim), places).transpose(0, 1)
-        v = self.v(u).view(-1, kv_heads, dim).transpose(0, 1)
-        self.key[:, places.where] = k
-        self.value[:, places.where] = v
-        # All queries of a kv head are rows of one matrix: its keys are read once for them.
-        q = q.view(-1, kv_heads, groups, dim).transpose(0, 1).contiguous()
-        q = q.view(kv_heads, -1, dim)
-        key, value = self.key[:, : places.end], self.value[:, : places.end]
-        scores = torch.bmm(q, key.transpose(1, 2)) + places.hidden
-        y = torch.bmm(torch.softmax(scores, dim=-1), value)
-        y = y.view(kv_heads, -1, groups, dim).transpose(0, 1).contiguous()
-        return self.o(y.view(1, -1, heads * dim))
-
-
-class Places(NamedTuple):
-    """What attention layers ask of the positions that are read."""
-
-    where: Tensor  # (tokens,): rows of the cache
-    cos: Tensor  # (tokens, 1, dim)
-    sin: Tensor  # (tokens, 1, dim)
-    end: int  # tokens so far, the new ones too: no more of a cache is looked at
-    hidden: Tensor  # (tokens * groups, end): HIDDEN where a key is later than the query
-    turn: Tensor  # (dim, dim): it times [a, b] is [-b, a]
-
-
-class Positions(nn.Module):
-    """`Places` of a half's attention layers."""
-
-    cos: Tensor
-    sin: Tensor
-    positions: Tensor
-    turn: Tensor
-
-    def __init__(self, stack: StackConfig, max_context: int):
-        super().__init__()
-        self.groups = stack.num_attention_heads // stack.num_key_value_heads
-        positions = torch.arange(max_context)
-        cos, sin = rope_tables(positions[None], stack, None, torch.float32)
-        self.register_buffer("cos", cos[0, 0, :, None], persistent=False)
-        self.register_buffer("sin", sin[0, 0, :, None], persistent=False)
-        self.register_buffer("positions", positions, persistent=False)
-        one = torch.eye(stack.head_dim)
-        half = stack.head_dim // 2
-        turn = torch.cat([-one[half:], one[:half]])
-        self.register_buffer("turn", turn, persistent=False)
-
-    def forward(self, tokens: int, start_pos: Tensor) -> Places:
-        """The next `tokens` positions from `start_pos` (1,)."""
-        first: Any = start_pos.item()  # int() would fix it
-        end = first + tokens
-        torch._check(first >= 0)
-        torch._check(end <= len(self.positions))
-        keys = self.positions[:end]
-        where = keys[first:]  # (tokens,)
-        later = (keys > where[:, None, None]).float() * HIDDEN  # (tokens, 1, end)
-        hidden = later.repeat(1, self.groups, 1).reshape(-1, end)
-        return Places(where, self.cos[first:end], self.sin[first:end], end, hidden, self.turn)
-
-
 class Norm(nn.Module):
     """RMS norm over the last axis; the mean is a product, which XNNPACK takes."""
 
@@ -371,56 +280,3 @@ def softplus(x: Tensor) -> Tensor:
     for n in range(11, 0, -2):
         total = total * square + 1 / n
     return torch.relu(x) + 2 * s * total
-
-
-def _rotate(x: Tensor, places: Places) -> Tensor:
-    """RoPE of (tokens, heads, dim); its half turn is a product, which XNNPACK takes."""
-    return x * places.cos + nn.functional.linear(x, places.turn) * places.sin
-
-
-# --- weights -------------------------------------------------------------------------------------
-
-
-def linear(weights: Weights, name: str, bias: str | None = None) -> nn.Linear:
-    """A product with a matrix as the scheme stores it, or in float32 where it keeps that."""
-    layer = linear_of(weights.either(name))
-    if bias is not None:
-        layer.bias = float_parameter(weights.tensor(bias))
-    return layer
-
-
-def linear_of(matrix: Matrix) -> nn.Linear:
-    """x -> x times the matrix (rows, columns) transposed."""
-    with torch.device("meta"):
-        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
-    layer.weight = parameter(matrix, activations=True)
-    return layer
-
-
-def parameter(matrix: Matrix, *, activations: bool) -> nn.Parameter:
-    """A weight; codes become torchao's tensor of the same codes and scales.
-
-    Args:
-        matrix: float32, or codes.
-        activations: whether they are quantised too, to 8 bits a token (8da4w, 8da8w).
-    """
-    if not isinstance(matrix, Codes):
-        return float_parameter(matrix)
-    with quietly():
-        from torchao.quantization import IntxUnpackedToInt8Tensor
-
-    scale = torch.from_numpy(matrix.scale)
-    return nn.Parameter(
-        IntxUnpackedToInt8Tensor(
-            torch.from_numpy(matrix.codes), scale, torch.zeros_like(scale, dtype=torch.int8),
-            getattr(torch, f"int{matrix.bits}"), (1, matrix.group), torch.float32,
-            "int8_asym_per_token" if activations else None,
-        ),
-        requires_grad=False,
-    )  # fmt: skip
-
-
-def float_parameter(array: NDArray[np.generic]) -> nn.Parameter:
-    """A frozen float32 parameter."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array, np.float32))
-    return nn.Parameter(tensor, requires_grad=False)

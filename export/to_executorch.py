@@ -15,6 +15,7 @@ from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.decoder_graph import state_layout
 from mmmamba_edge.export.pte_backends import check_backend, partition, partitioners
+from mmmamba_edge.export.pte_memory import memory_planning
 from mmmamba_edge.export.pte_modules import (
     TextDecoder,
     TokenEmbedding,
@@ -159,7 +160,6 @@ def write_pte(
             ExecutorchBackendConfig,
             to_edge_transform_and_lower,
         )
-        from executorch.exir.passes import MemoryPlanningPass
 
     programs = {}
     for name, module, inputs, shapes in _methods(weights, max_context):
@@ -179,7 +179,7 @@ def write_pte(
     del programs
     say("planning memory")
     config = ExecutorchBackendConfig(
-        memory_planning_pass=MemoryPlanningPass(),
+        memory_planning_pass=memory_planning(),
         emit_mutable_buffer_names=True,  # else the state could be neither read nor written
         do_quant_fusion_and_const_prop=True,  # else a quantised table has no kernel
         run_reinplace_pass=True,  # else a cache is copied twice for every token

@@ -227,7 +227,7 @@ class ExecuTorchRunner:
 
     def _chunks(
         self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None, size: int
-    ) -> Iterator[tuple[slice, Any]]:
+    ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """The prompt in pieces: which positions, and their vectors (1, tokens, hidden)."""
         images = self._image_vectors(ids, pixel_values)
         for start in range(0, len(ids), size):
@@ -238,38 +238,44 @@ class ExecuTorchRunner:
                 vectors[0, places], images = images[: len(places)], images[len(places) :]
             yield part, vectors
 
-    def _read(self, state: PteState, vectors: Any) -> NDArray[np.float32]:
-        import torch
-
+    def _read(self, state: PteState, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
         self._enter(state)
-        where = torch.tensor([state.tokens])
-        logits = self._decoder.execute([vectors, where])[0]
+        logits = _run(self._decoder, vectors, np.array([state.tokens]))
         state.tokens += vectors.shape[1]
-        return logits[0, 0].numpy()
+        return logits[0, 0]
 
-    def _embedded(self, ids: NDArray[np.int64]) -> Any:
-        import torch
-
-        return self._embed.execute([torch.from_numpy(np.ascontiguousarray(ids))[None]])[0]
+    def _embedded(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Vectors (1, tokens, hidden)."""
+        return _run(self._embed, ids[None])
 
     def _image_vectors(
         self, ids: NDArray[np.int64], pixel_values: NDArray[np.float32] | None
-    ) -> Any:
+    ) -> NDArray[np.float32]:
         """Vectors (image tokens, hidden) for the image positions of `ids`, in order."""
-        import torch
-
         if not check_pictures(ids, pixel_values, self.config) or pixel_values is None:
-            return torch.empty(0, self.config.hidden_size)
+            return np.empty((0, self.config.hidden_size), np.float32)
         if self._vision is None:
             self._vision = self._load("vision_encoder", self._file)
-        tiles = torch.from_numpy(np.ascontiguousarray(pixel_values))
-        return torch.cat([self._vision.execute([tile[None]])[0][0] for tile in tiles])
+        return np.concatenate([_run(self._vision, tile[None])[0] for tile in pixel_values])
 
     def _load(self, method: str, file: Path) -> Any:
         try:
             return self._program.load_method(method)
         except Exception as error:  # its exceptions share no base class
             raise UserError(f"{file}: ExecuTorch cannot load {method} ({error})") from error
+
+
+def _run(method: Any, *inputs: NDArray[Any]) -> NDArray[Any]:
+    """A method's output, which is the caller's.
+
+    NumPy copies it. ExecuTorch's binding would let torch do that, which takes OpenMP's threads for
+    32,768 numbers and more; these then wait for work in a loop, on XNNPACK's cores, and a step
+    takes half as long again.
+    """
+    import torch
+
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in inputs]
+    return method._method(tensors, clone_outputs=False)[0].numpy().copy()
 
 
 def buffer_name(name: str) -> str:

@@ -12,12 +12,13 @@ import mmmamba_edge as mm
 from exported import bundle, case, checkpoint
 from mmmamba_edge.bundle import read_manifest, write_manifest
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.pte_memory import memory_planning
 from mmmamba_edge.export.verify import sqnr_db
 from mmmamba_edge.export.weights import EMBEDDING, Weights
 from mmmamba_edge.model.checkpoints import open_checkpoint
 from mmmamba_edge.quant.codes import quantize_int4, quantize_int8
 from mmmamba_edge.quant.schemes import SCHEMES
-from mmmamba_edge.runtimes.executorch_runner import quietly
+from mmmamba_edge.runtimes.executorch_runner import buffer_name, quietly
 from pte_bundle import pte_bundle
 from tolerances import GOLDEN_LOGITS
 
@@ -122,25 +123,31 @@ def test_codes_are_those_of_the_onnx_bundle():
 
 def lowered(module, x):
     """What a module says of `x` once it is a .pte."""
+    from executorch.runtime import Runtime
+
+    program = edge_of(module, x).to_executorch()
+    method = Runtime.get().load_program(program.buffer).load_method("forward")
+    assert method
+    return method.execute([x])[0].numpy()
+
+
+def edge_of(module, x):
+    """A module lowered to XNNPACK."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-    from executorch.runtime import Runtime
 
     with torch.no_grad(), quietly():
         program = torch.export.export(module.eval(), (x,))
-        edge = to_edge_transform_and_lower(
+        return to_edge_transform_and_lower(
             program, partitioner=[XnnpackPartitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )  # fmt: skip
-    method = Runtime.get().load_program(edge.to_executorch().buffer).load_method("forward")
-    assert method
-    return method.execute([x])[0].numpy()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_products_are_torchaos(bits):
     """8da8w and 8da4w against torchao's eager product."""
-    from mmmamba_edge.export.pte_modules import linear_of
+    from mmmamba_edge.export.pte_weights import linear_of
 
     weight = np.random.default_rng(0).standard_normal((96, 128)).astype(np.float32)
     layer = linear_of(quantize_int4(weight, 32) if bits == 4 else quantize_int8(weight))
@@ -180,6 +187,104 @@ def test_weight_only_products_lose_their_scale():
         quantize_(model, IntxWeightOnlyConfig(torch.int8, PerAxis(0)))
         want = model(x).numpy()
     assert sqnr_db(lowered(model, x), want) < 0
+
+
+# --- state in its place --------------------------------------------------------------------------
+
+
+def test_caches_are_read_and_states_written_where_they_lie():
+    """No copy of either in the program, and the rows of a cache are memory of that cache."""
+    runner = runner_of("release_plain", "hybrid")
+    plan = decoder_plan((pte_bundle("release_plain", "hybrid") / "model.pte").read_bytes())
+    tensors = [value.val for value in plan.values]
+    names = {buffer_name(tensor.name) for tensor in runner.manifest.state}
+    infos = [getattr(tensor, "extra_tensor_info", None) for tensor in tensors]
+    buffers = [
+        tensor
+        for tensor, info in zip(tensors, infos, strict=True)
+        if info is not None and info.fully_qualified_name in names
+    ]
+    assert len(buffers) == len(names)
+    caches = [place(t) for t in buffers if len(t.sizes) == 3 and t.sizes[1] == runner.max_context]
+    assert not calls(plan, "aten::copy_")
+    rows = [place(tensors[call.args[-1]]) for call in calls(plan, "aten::empty")]
+    inside = [
+        [cache for cache in caches if cache.start <= r.start < r.stop <= cache.stop] for r in rows
+    ]
+    assert all(len(found) == 1 for found in inside)
+    kinds = runner.config.layer_types
+    assert len(caches) == 2 * kinds.count("attention")
+    assert len(rows) == len(caches) * runner.config.llm.num_key_value_heads
+
+
+class Early(torch.nn.Module):
+    """Its old state is used first."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("state", torch.zeros(8))
+
+    def forward(self, x):
+        """(8,) -> (8,)."""
+        self.state.copy_(torch.exp(torch.sigmoid(torch.exp(self.state + x))))
+        return self.state * x
+
+
+class Late(Early):
+    """The new state is computed long before the old one is used for the last time."""
+
+    def forward(self, x):
+        """(8,) -> (8,)."""
+        new = self.state + x
+        y = torch.exp(torch.sigmoid(torch.exp(torch.sigmoid(x)))) * self.state
+        self.state.copy_(new)
+        return y
+
+
+@pytest.mark.parametrize("kind", [Early, Late])
+def test_a_state_that_is_used_late_is_copied(kind):
+    with quietly():
+        from executorch.exir import ExecutorchBackendConfig
+        from executorch.runtime import Runtime
+
+    module, x = kind(), torch.linspace(-1, 1, 8)
+    config = ExecutorchBackendConfig(memory_planning_pass=memory_planning())
+    edge = edge_of(module, x)
+    with quietly():
+        program = edge.to_executorch(config)
+    method = Runtime.get().load_program(program.buffer).load_method("forward")
+    assert method
+    for _ in range(3):
+        want = module(x)
+        np.testing.assert_allclose(method.execute([x])[0].numpy(), want.numpy(), rtol=1e-5)
+    assert bool(calls(decoder_plan(program.buffer), "aten::copy_")) == (kind is Late)
+
+
+def decoder_plan(data):
+    """The decoder of a .pte, or its only method, as ExecuTorch's schema has it."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    with quietly():
+        plans = deserialize_pte_binary(data).program.execution_plan
+    return next(plan for plan in plans if plan.name in ("text_decoder", "forward"))
+
+
+def calls(plan, operator):
+    """The program's calls of an operator."""
+    found = []
+    for chain in plan.chains:
+        for instruction in chain.instructions:
+            call = instruction.instr_args
+            if hasattr(call, "op_index") and plan.operators[call.op_index].name == operator:
+                found.append(call)
+    return found
+
+
+def place(tensor) -> range:
+    """The bytes of the method's memory that a float32 tensor may take."""
+    where = tensor.allocation_info
+    start = where.memory_offset_low + (where.memory_offset_high << 32)
+    return range(start, start + 4 * int(np.prod(tensor.sizes)))
 
 
 # --- files that are not what they should be ------------------------------------------------------
