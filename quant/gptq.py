@@ -14,7 +14,9 @@ from mmmamba_edge.quant.rounding import rounded, search_scale, to_codes
 
 BLOCK = 128  # columns whose errors are gathered before they reach the columns behind
 ROWS = 32  # rounded together when rows make up for rows
-DAMPING = 0.01  # of the mean diagonal, added to it: the inverse of a flat direction means nothing
+# Of the mean diagonal, added to it: the inverse of a flat direction means nothing.
+DAMPING = 0.01
+ROW_DAMPING = 0.1  # of `outputs`, gradients of drawn tokens, which are noisier than inputs
 
 
 class Hessian:
@@ -41,14 +43,9 @@ class Hessian:
 
 
 def quantize_gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    group: int | None = None,
-    *,
-    by_size: bool = True,
+    weight: Tensor, hessian: Tensor, bits: int, group: int | None = None, *, by_size: bool = True,
     outputs: Tensor | None = None,
-) -> Codes:
+) -> Codes:  # fmt: skip
     """Codes of a matrix whose products with typical inputs are as near as can be.
 
     Args:
@@ -64,24 +61,29 @@ def quantize_gptq(
     Raises:
         ValueError: weights or inputs that are not finite.
     """
-    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
-        raise ValueError("weights or their calibration inputs hold NaN or infinity")
+    for matrix in (weight, hessian, *([] if outputs is None else [outputs])):
+        if not torch.isfinite(matrix).all():
+            raise ValueError("weights or their calibration inputs hold NaN or infinity")
     columns = weight.shape[1]
     group = group or columns
     size = hessian.diagonal()
     order = size.argsort(descending=True) if by_size else torch.arange(columns)
     inverse = _upper_of_inverse(hessian[order][:, order])
+
+    def by_columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _by_columns(rows, size, order, inverse, bits, group)
+
     if outputs is None:
-        return to_codes(*_rounded_rows(weight, size, order, inverse, bits, group), bits)
+        return to_codes(*by_columns(weight), bits)
     codes = torch.empty_like(weight)
     scale = torch.empty(len(weight), columns // group)
     first = outputs.diagonal().argsort(descending=True)
     work = weight[first].clone()
-    across = _upper_of_inverse(outputs[first][:, first])
+    across = _upper_of_inverse(outputs[first][:, first], ROW_DAMPING)
     for start in range(0, len(work), ROWS):
         part = slice(start, min(start + ROWS, len(work)))
         block, own = work[part], across[part, part]
-        here, step = _rounded_rows(block, size, order, inverse, bits, group)
+        here, step = by_columns(block)
         codes[first[part]], scale[first[part]] = here, step
         lost = block - here * step.repeat_interleave(group, dim=1)
         lost = torch.linalg.solve_triangular(own.T, lost, upper=False)
@@ -89,7 +91,7 @@ def quantize_gptq(
     return to_codes(codes, scale, bits)
 
 
-def _rounded_rows(
+def _by_columns(
     weight: Tensor, size: Tensor, order: Tensor, inverse: Tensor, bits: int, group: int
 ) -> tuple[Tensor, Tensor]:
     """GPTQ of rows that know nothing of each other: codes (rows, columns), scales (rows, groups).
@@ -118,10 +120,10 @@ def _rounded_rows(
     return codes[:, order.argsort()], scale
 
 
-def _upper_of_inverse(hessian: Tensor) -> Tensor:
+def _upper_of_inverse(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse; damped more until there is one."""
     mean = float(hessian.diagonal().mean()) or 1.0
-    damping, eye = DAMPING, torch.eye(len(hessian))
+    eye = torch.eye(len(hessian))
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
         if not failed:

@@ -39,8 +39,7 @@ class Coding:
         group: columns that share a scale.
         algorithm: nearest, clipped, gptq or fisher.
         reason: why this many bits.
-        error: mean |Wx - Qx|^2 / |Wx|^2 over the calibration inputs, as they were weighed; None: not
-            measured.
+        error: mean |Wx - Qx|^2 / |Wx|^2 over the calibration inputs; None: not measured.
     """
 
     bits: int
