@@ -105,6 +105,14 @@ def apply(site: Site, tensors: Tensors, scales: Tensor, stack: StackConfig) -> N
         tensors[site.writer] = writer / (scales if writer.ndim == 1 else scales[:, None])
 
 
+def rows_divided_by(site: Site, scales: Tensor, stack: StackConfig, rows: int) -> Tensor:
+    """(rows,): what `apply` divides each row of the writer, a matrix, by."""
+    empty = {name: torch.zeros(1, len(scales)) for name in site.readers}
+    one = {**empty, site.writer: torch.ones(rows, 1)}
+    apply(site, one, scales, stack)
+    return 1 / one[site.writer][:, 0]
+
+
 def _weights(prefix: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{prefix}{name}.weight" for name in names)
 

@@ -1,5 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded one after the other, and what each
-loses is made up for by those that are not rounded yet, as far as the inputs allow it.
+loses is made up for by those that are not rounded yet, as far as the inputs allow it. Rows can do
+the same for each other, where it is known how answers depend on them (sensitivity.py).
 
 Scales are of codes.py's kind: symmetric, positive, exact in bfloat16. Groups stay runs of
 neighbouring columns whatever the order of rounding, so that no runtime needs a permutation.
@@ -12,7 +13,10 @@ from mmmamba_edge.quant.codes import Codes
 from mmmamba_edge.quant.rounding import rounded, search_scale, to_codes
 
 BLOCK = 128  # columns whose errors are gathered before they reach the columns behind
-DAMPING = 0.01  # of the mean diagonal, added to it: the inverse of a flat direction means nothing
+ROWS = 32  # rounded together when rows make up for rows
+# Of the mean diagonal, added to it: the inverse of a flat direction means nothing.
+DAMPING = 0.01
+ROW_DAMPING = 0.1  # of `outputs`, gradients of drawn tokens, which are noisier than inputs
 
 
 class Hessian:
@@ -39,8 +43,9 @@ class Hessian:
 
 
 def quantize_gptq(
-    weight: Tensor, hessian: Tensor, bits: int, group: int | None = None, *, by_size: bool = True
-) -> Codes:
+    weight: Tensor, hessian: Tensor, bits: int, group: int | None = None, *, by_size: bool = True,
+    outputs: Tensor | None = None,
+) -> Codes:  # fmt: skip
     """Codes of a matrix whose products with typical inputs are as near as can be.
 
     Args:
@@ -49,20 +54,56 @@ def quantize_gptq(
         bits: 8 or 4.
         group: columns that share a scale; None: one scale a row.
         by_size: round the columns with the largest inputs first ("act-order").
+        outputs: (rows, rows), mean of g g^T (sensitivity.py): rows are then rounded `ROWS` at a
+            time, those that matter most first, and the rows behind make up for them as well
+            (arXiv 2505.22988). None: each row by itself.
 
     Raises:
         ValueError: weights or inputs that are not finite.
     """
-    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
-        raise ValueError("weights or their calibration inputs hold NaN or infinity")
-    rows, columns = weight.shape
+    for matrix in (weight, hessian, *([] if outputs is None else [outputs])):
+        if not torch.isfinite(matrix).all():
+            raise ValueError("weights or their calibration inputs hold NaN or infinity")
+    columns = weight.shape[1]
     group = group or columns
-    size = hessian.diagonal().clone()
-    scale = search_scale(weight, group, bits, size)
+    size = hessian.diagonal()
     order = size.argsort(descending=True) if by_size else torch.arange(columns)
+    inverse = _upper_of_inverse(hessian[order][:, order])
+
+    def by_columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _by_columns(rows, size, order, inverse, bits, group)
+
+    if outputs is None:
+        return to_codes(*by_columns(weight), bits)
+    codes = torch.empty_like(weight)
+    scale = torch.empty(len(weight), columns // group)
+    first = outputs.diagonal().argsort(descending=True)
+    work = weight[first].clone()
+    across = _upper_of_inverse(outputs[first][:, first], ROW_DAMPING)
+    for start in range(0, len(work), ROWS):
+        part = slice(start, min(start + ROWS, len(work)))
+        block, own = work[part], across[part, part]
+        here, step = by_columns(block)
+        codes[first[part]], scale[first[part]] = here, step
+        lost = block - here * step.repeat_interleave(group, dim=1)
+        lost = torch.linalg.solve_triangular(own.T, lost, upper=False)
+        work[part.stop :].addmm_(across[part, part.stop :].T, lost, alpha=-1)
+    return to_codes(codes, scale, bits)
+
+
+def _by_columns(
+    weight: Tensor, size: Tensor, order: Tensor, inverse: Tensor, bits: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """GPTQ of rows that know nothing of each other: codes (rows, columns), scales (rows, groups).
+
+    Args:
+        size: (columns,) mean square of inputs.
+        order: of the columns; `inverse` has them in it.
+    """
+    columns = weight.shape[1]
+    scale = search_scale(weight, group, bits, size)
     work = weight[:, order].clone()
     spread = scale.repeat_interleave(group, dim=1)[:, order]  # (rows, columns)
-    inverse = _upper_of_inverse(hessian[order][:, order])
     codes = torch.empty_like(work)
     for start in range(0, columns, BLOCK):
         part = slice(start, min(start + BLOCK, columns))
@@ -76,13 +117,13 @@ def quantize_gptq(
             errors[:, i] = error
             block[:, i + 1 :].addr_(error, own[i, i + 1 :], alpha=-1)
         work[:, part.stop :].addmm_(errors, inverse[part, part.stop :], alpha=-1)
-    return to_codes(codes[:, order.argsort()], scale, bits)
+    return codes[:, order.argsort()], scale
 
 
-def _upper_of_inverse(hessian: Tensor) -> Tensor:
+def _upper_of_inverse(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse; damped more until there is one."""
     mean = float(hessian.diagonal().mean()) or 1.0
-    damping, eye = DAMPING, torch.eye(len(hessian))
+    eye = torch.eye(len(hessian))
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
         if not failed:

@@ -10,7 +10,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.quant.codes import GROUPS, group_of
 from mmmamba_edge.quant.schemes import WIDE, kept_because
 
-ALGORITHMS = ("clipped", "gptq")
+ALGORITHMS = ("clipped", "gptq", "fisher")
 
 
 @dataclass(frozen=True)

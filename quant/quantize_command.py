@@ -50,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--algorithm",
         default="gptq",
         choices=ALGORITHMS,
-        help="gptq (default): columns make up for what those before lost; clipped: to nearest, "
-        "outliers clipped where that loses less",
+        help="gptq (default): columns make up for what those before lost; fisher: rows as well, by "
+        "what answers depend on, which takes a backward pass; clipped: to nearest, outliers "
+        "clipped where that loses less",
     )
     add("--no-folds", action="store_true", help="leave scales where they are")
     add(

@@ -1,5 +1,6 @@
 """Quantises a checkpoint layer by layer; each layer is fed what the quantised ones before it give.
 
+With `fisher`, what answers depend on is measured first (sensitivity.py).
 For every layer: read the calibration sequences once with its own weights and gather each matrix's
 inputs; fold (folds.py); round (gptq.py or rounding.py); read once more with the rounded weights,
 which is the next layer's input. One layer is in memory at a time. A finished layer is on disk, so
@@ -26,12 +27,13 @@ from mmmamba_edge.model.checkpoints import SINGLE, Checkpoint, assign
 from mmmamba_edge.model.decoder import DecoderLayer
 from mmmamba_edge.model.tensor_names import DEAD, layer_prefix
 from mmmamba_edge.quant.codes import Codes
-from mmmamba_edge.quant.folds import Site, Tensors, apply, choose, sites
+from mmmamba_edge.quant.folds import Site, Tensors, apply, choose, rows_divided_by, sites
 from mmmamba_edge.quant.gptq import Hessian, product_error, quantize_gptq
 from mmmamba_edge.quant.plan import Choice, Plan
 from mmmamba_edge.quant.quantize_data import Calibration
 from mmmamba_edge.quant.rounding import quantize_clipped
 from mmmamba_edge.quant.schemes import SCHEMES
+from mmmamba_edge.quant.sensitivity import Sensitivity, load_sensitivity, measure_sensitivity
 from mmmamba_edge.quant.stored import (
     CODES,
     FACTS,
@@ -95,6 +97,8 @@ def _layers(
     with torch.inference_mode():
         hidden = embedded(weights, shown)
     importance = [torch.from_numpy(w) for w in calibration.weights]
+    if plan.algorithm == "fisher":
+        measure_sensitivity(weights, calibration, working, report)
     for index, kind in enumerate(config.layer_types):
         report("quantising layer", index, total)
         if index == len(config.embedding.layer_types) and config.normalize_encoder_output:
@@ -105,7 +109,8 @@ def _layers(
             part = _load_part(file)
             if part is None:
                 layer = load_layer(weights, index, kind)
-                part = _quantized(layer, kind, stack, prefix, hidden, importance, plan)
+                known = load_sensitivity(working, index, importance)
+                part = _quantized(layer, kind, stack, prefix, hidden, importance, plan, known)
                 _save_part(part, file)
             if index + 1 < total:
                 layer = _rebuilt(stack, kind, part, prefix)
@@ -118,10 +123,12 @@ def _layers(
 def _quantized(
     layer: DecoderLayer, kind: str, stack: StackConfig, prefix: str,
     hidden: list[Tensor], importance: list[Tensor], plan: Plan,
+    sensitivity: Sensitivity | None = None,
 ) -> Part:  # fmt: skip
     tensors: Tensors = {name: p.detach().clone() for name, p in layer.named_parameters()}
     here = sites(kind)
-    hessians = gather(layer, here, hidden, importance)
+    hessians = gather(layer, here, hidden, sensitivity.tokens if sensitivity else importance)
+    outputs = sensitivity.outputs if sensitivity else {}
     part = Part()
     for site in here:
         choice, mean = plan.choice(prefix + site.coded[0]), hessians[site.name]
@@ -131,6 +138,9 @@ def _quantized(
             if strength:
                 apply(site, tensors, scales, stack)
                 hessians[site.name] = mean / scales[:, None] / scales
+                if site.writer in outputs:
+                    rows = rows_divided_by(site, scales, stack, len(outputs[site.writer]))
+                    outputs[site.writer] = outputs[site.writer] * rows[:, None] * rows
                 part.folds[f"{prefix}{site.name}"] = strength
     for site in here:
         _same_bits(site, prefix, plan)
@@ -140,7 +150,7 @@ def _quantized(
                 part.floats[prefix + name] = weight
                 continue
             try:
-                codes = _rounded(weight, choice, hessians[site.name])
+                codes = _rounded(weight, choice, hessians[site.name], outputs.get(name))
             except ValueError as error:
                 raise UserError(f"{prefix}{name}: {error}") from error
             error = product_error(weight, codes, hessians[site.name])
@@ -165,7 +175,7 @@ def _same_bits(site: Site, prefix: str, plan: Plan) -> None:
 
 def gather(
     layer: DecoderLayer, here: tuple[Site, ...], hidden: list[Tensor],
-    importance: list[Tensor] | None = None,
+    importance: list[Tensor] | dict[str, list[Tensor]] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Mean x x^T of each site's input, (columns, columns) by the site's name.
 
@@ -173,30 +183,37 @@ def gather(
         layer: it reads `hidden`; what it says is not looked at.
         here: its sites.
         hidden: (1, tokens, hidden) of each sequence.
-        importance: (tokens,) weights of each; None: all alike.
+        importance: (tokens,) weights of each, one list for all sites or one for each; None: all
+            alike.
     """
-    found, weight, hooks = {}, None, []
+    found, reading, hooks = {}, 0, []
     for site in here:
         module = layer.get_submodule(site.probe)
         found[site.name] = total = Hessian(module.in_features)  # pyright: ignore
+        own = importance[site.name] if isinstance(importance, dict) else importance
 
-        def add(_module: nn.Module, inputs: tuple[Tensor], total: Hessian = total) -> None:
-            total.add(inputs[0].flatten(0, 1), weight)
+        def add(
+            _module: nn.Module, inputs: tuple[Tensor], total: Hessian = total,
+            own: list[Tensor] | None = own,
+        ) -> None:  # fmt: skip
+            total.add(inputs[0].flatten(0, 1), None if own is None else own[reading])
 
         hooks.append(module.register_forward_pre_hook(add))  # pyright: ignore[reportArgumentType]
     for i, x in enumerate(hidden):
-        weight = None if importance is None else importance[i]
+        reading = i
         layer(x, None)
     for hook in hooks:
         hook.remove()
     return {name: total.mean for name, total in found.items()}
 
 
-def _rounded(weight: Tensor, choice: Choice, hessian: Tensor) -> Codes:
+def _rounded(
+    weight: Tensor, choice: Choice, hessian: Tensor, outputs: Tensor | None = None
+) -> Codes:
     group = choice.group_of(weight.shape[1])
     bits = choice.bits if group or choice.bits == 8 else 8  # columns that no group divides
-    if choice.algorithm == "gptq":
-        return quantize_gptq(weight, hessian, bits, group)
+    if choice.algorithm != "clipped":
+        return quantize_gptq(weight, hessian, bits, group, outputs=outputs)
     return quantize_clipped(weight, bits, group, hessian.diagonal())
 
 

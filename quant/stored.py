@@ -37,7 +37,7 @@ class Coding:
     Attributes:
         bits: 8 or 4.
         group: columns that share a scale.
-        algorithm: nearest, clipped or gptq.
+        algorithm: nearest, clipped, gptq or fisher.
         reason: why this many bits.
         error: mean |Wx - Qx|^2 / |Wx|^2 over the calibration inputs; None: not measured.
     """

@@ -1,6 +1,8 @@
 """Quantising with calibration: rounding, GPTQ, folds, mixed precision; one set of codes for all."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,13 +19,14 @@ from mmmamba_edge.config import StackConfig
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.export.to_onnx import export_onnx
 from mmmamba_edge.export.verify import sqnr_db
+from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint, save_checkpoint
 from mmmamba_edge.model.decoder import DecoderLayer
-from mmmamba_edge.quant import quantize_layers
+from mmmamba_edge.quant import quantize_layers, sensitivity
 from mmmamba_edge.quant.builtin_text import topics
 from mmmamba_edge.quant.codes import MIN_SCALE, quantize_int4
-from mmmamba_edge.quant.folds import apply, sites
+from mmmamba_edge.quant.folds import apply, rows_divided_by, sites
 from mmmamba_edge.quant.gptq import product_error, quantize_gptq
 from mmmamba_edge.quant.plan import make_plan
 from mmmamba_edge.quant.quantize_data import Calibration, Sequence, balanced, digest
@@ -31,6 +34,8 @@ from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
 from mmmamba_edge.quant.quantize_units import Unit, measure_units, promoted
 from mmmamba_edge.quant.rotation import turned
 from mmmamba_edge.quant.rounding import quantize_clipped
+from mmmamba_edge.quant.schemes import SCHEMES
+from mmmamba_edge.quant.sensitivity import load_sensitivity, measure_sensitivity
 from mmmamba_edge.quant.stored import CODES, FACTS, QuantizedCheckpoint
 from mmmamba_edge.runtimes import open_bundle
 
@@ -58,9 +63,12 @@ def inputs_of(columns: int, seed: int = 1) -> torch.Tensor:
 def test_scales_keep_the_rules(bits, group):
     weight = heavy_tailed(48, 128)
     weight[3] = 0.0
+    outputs = inputs_of(48, seed=2)
+    outputs[3], outputs[:, 3] = 0.0, 0.0  # a row that makes up for no other
     for codes in (
         quantize_clipped(weight, bits, group),
         quantize_gptq(weight, inputs_of(128), bits, group),
+        quantize_gptq(weight, inputs_of(128), bits, group, outputs=outputs),
     ):
         scale = torch.from_numpy(codes.scale)
         assert torch.equal(scale, scale.bfloat16().float()) and bool((scale >= MIN_SCALE).all())
@@ -92,6 +100,26 @@ def test_gptq_of_independent_inputs_is_rounding():
     one = quantize_gptq(weight, torch.eye(64), 4, 32)
     other = quantize_clipped(weight, 4, 32, torch.ones(64))
     assert np.array_equal(one.codes, other.codes) and np.array_equal(one.scale, other.scale)
+
+
+def test_rows_make_up_for_rows_where_answers_depend_on_them_together():
+    weight, hessian, outputs = heavy_tailed(96, 128), inputs_of(128), inputs_of(96, seed=2)
+
+    def lost(codes):
+        error = weight - torch.from_numpy(codes.dequantized())
+        return float((outputs @ error @ hessian * error).sum())
+
+    alone = quantize_gptq(weight, hessian, 4, 32)
+    together = quantize_gptq(weight, hessian, 4, 32, outputs=outputs)
+    assert lost(together) < 0.75 * lost(alone)
+
+
+def test_rows_that_answers_do_not_depend_on_together_are_rounded_alone():
+    weight, hessian = heavy_tailed(96, 128), inputs_of(128)
+    alone = quantize_gptq(weight, hessian, 4, 32)
+    diagonal = torch.linspace(1, 9, 96).diag()
+    other = quantize_gptq(weight, hessian, 4, 32, outputs=diagonal)
+    assert np.array_equal(alone.codes, other.codes) and np.array_equal(alone.scale, other.scale)
 
 
 def test_gptq_takes_inputs_that_are_never_there():
@@ -133,6 +161,23 @@ def test_a_fold_changes_no_answer(kind, index):
             layer.get_submodule(parent)._parameters[leaf] = nn.Parameter(tensor)
         assert not torch.equal(tensors[site.coded[0]], wanted)
         torch.testing.assert_close(layer(x, None), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "index"), [("attention", 1), ("attention", 3), ("mamba2", 3)])
+def test_what_a_fold_divides_the_rows_of_a_matrix_by(kind, index):
+    """Where the writer is a matrix, gradients at its product grow by what its rows shrink by."""
+    stack = StackConfig(64, 96, 4, 2, 1e-5, 10000.0, 128, (kind,))
+    site = sites(kind)[index]
+    layer = DecoderLayer(stack, kind)
+    tensors = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    before = tensors[site.writer]
+    scales = torch.rand(layer.get_submodule(site.probe).in_features) * 3 + 0.3
+    if site.name == "wo":
+        scales = scales.view(2, 2, 16)[:, :1].expand(2, 2, 16).reshape(-1)
+    apply(site, tensors, scales, stack)
+    rows = rows_divided_by(site, scales, stack, len(before))
+    assert not torch.equal(tensors[site.writer], before)
+    torch.testing.assert_close(tensors[site.writer] * rows[:, None], before)
 
 
 @pytest.mark.parametrize("kind", ["full", "pairs"])
@@ -230,10 +275,11 @@ def test_what_stays_and_why():
     assert 4.5 < facts.bits_per_weight < 8
 
 
-def test_a_killed_run_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["gptq", "fisher"])
+def test_a_killed_run_goes_on_behind_its_last_layer(algorithm, tmp_path, monkeypatch):
     """The same bytes as one that was never stopped; layers that are done are not done again."""
     source, out = open_checkpoint(checkpoint("small", "linear")), tmp_path / "out"
-    plan, done = make_plan("int4"), []
+    plan, done = make_plan("int4", algorithm=algorithm), []
 
     class Killed(BaseException):
         pass
@@ -268,6 +314,67 @@ def test_layers_of_another_plan_are_not_taken(tmp_path):
     (working / "layer-000.safetensors").write_bytes(b"")
     quantize_layers._open_working(source, out, make_plan("int8"), data())
     assert not (working / "layer-000.safetensors").exists()
+
+
+# --- what answers depend on -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_sensitivity_is_the_gradient_of_drawn_tokens(variant, normalized, tmp_path, monkeypatch):
+    """A layer at a time, pictures too, it is what one backward pass of the whole model says."""
+    monkeypatch.setattr(sensitivity, "quick", nullcontext)
+    source = open_checkpoint(checkpoint("small", variant))
+    source.config = replace(source.config, normalize_encoder_output=normalized)
+    calibration, tokens = data(), sum(len(s.ids) for s in data().sequences)
+    measure_sensitivity(Weights(source, SCHEMES["none"]), calibration, tmp_path, seed=3)
+
+    model = load_model(source, dtype=torch.float32)
+    said, generator = {}, torch.Generator().manual_seed(3)
+    for name in ("0.feed_forward.w3", "1.feed_forward.w1"):
+        module = model.embedding_model.encoder.get_submodule(name)
+        module.register_forward_hook(lambda _m, _i, out, name=name: said.__setitem__(name, out))
+    wanted = dict.fromkeys(("0.feed_forward.w3", "1.feed_forward.w1"), torch.zeros(192, 192))
+    for one, weight in zip(calibration.sequences, calibration.weights, strict=True):
+        pixels = None if one.pixels is None else torch.from_numpy(one.pixels)
+        logp = model(torch.from_numpy(one.ids)[None], pixels)[0].log_softmax(-1)
+        drawn = torch.multinomial(logp.exp().detach(), 1, generator=generator)
+        loss = -(logp.gather(1, drawn)[:, 0] * torch.from_numpy(weight).sqrt()).sum()
+        for name, g in zip(said, torch.autograd.grad(loss, list(said.values())), strict=True):
+            wanted[name] = wanted[name] + g[0].T @ g[0] / tokens
+    like = [torch.from_numpy(w) for w in calibration.weights]
+    for name, matrix in wanted.items():
+        index, _, name = name.partition(".")
+        found = load_sensitivity(tmp_path, int(index), like)
+        assert found is not None
+        scale = float(matrix.abs().max())
+        torch.testing.assert_close(
+            found.outputs[f"{name}.weight"] / scale, matrix / scale, rtol=1e-3, atol=2e-2
+        )  # inputs are kept in bfloat16
+        weights = torch.cat(found.tokens["w2"])
+        assert weights.mean() == pytest.approx(1, rel=1e-4) and bool((weights >= 0).all())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_lose_less_by_what_they_depend_on(variant, tmp_path):
+    """KL on other tokens than were read."""
+    source = open_checkpoint(checkpoint("small", variant))
+    rng = np.random.default_rng(0)
+    sequences = [
+        Sequence(rng.integers(8, 300, 64), None, np.zeros(64, np.bool_)) for _ in range(64)
+    ]
+    read = Calibration(sequences, balanced(sequences, 7), "test", digest(sequences))
+    ids = torch.from_numpy(rng.integers(8, 300, (8, 64)))
+    kl = {}
+    with torch.inference_mode():
+        p = load_model(source, dtype=torch.float32)(ids).log_softmax(-1)
+    for algorithm in ("gptq", "fisher"):
+        out = tmp_path / algorithm
+        quantize_checkpoint(source, out, make_plan("int4", algorithm=algorithm), read)
+        with torch.inference_mode():
+            q = load_model(out)(ids).log_softmax(-1)
+        kl[algorithm] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert kl["fisher"] < 0.98 * kl["gptq"]
 
 
 # --- one set of codes -----------------------------------------------------------------------------
