@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from mmmamba_edge.config import Config
 from mmmamba_edge.errors import UserError
 
 # name -> module and class of the partitioner, its options, and what its compiler needs beside
@@ -21,10 +22,20 @@ BACKENDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-def check_backend(name: str) -> None:
-    """UserError where there is no such backend."""
+def check_backend(name: str, config: Config, quantised: bool) -> None:
+    """UserError where there is no such backend, or its compiler has no words for such a model."""
     if name not in BACKENDS:
         raise UserError(f"--backend {name}: known are {', '.join(BACKENDS)}")
+    if name != "coreml":
+        return
+    # coremltools 9: KeyError over activations in int8; over the rows that a cache is given, too.
+    if quantised:
+        raise UserError("--backend coreml: takes no codes in 8 or 4 bits; use --quant none")
+    if "attention" in config.layer_types:
+        raise UserError(
+            "--backend coreml: takes models without attention; this one keeps some: use xnnpack or "
+            "vulkan"
+        )
 
 
 def partitioners(name: str) -> list[Any]:

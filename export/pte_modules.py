@@ -246,20 +246,21 @@ class Mixer(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm over the last axis; the mean is a product, which XNNPACK takes."""
+    """RMS norm over the last axis; the mean is a product, which XNNPACK takes, eps its bias."""
 
     mean: Tensor
+    eps: Tensor
 
     def __init__(self, weights: Weights, name: str, eps: float):
         super().__init__()
-        self.weight, self.eps = float_parameter(weights.tensor(name)), eps
+        self.weight = float_parameter(weights.tensor(name))
         width = self.weight.shape[-1]  # a fold may have given each head a weight of its own
         self.register_buffer("mean", torch.full((1, width), 1 / width), persistent=False)
+        self.register_buffer("eps", torch.tensor([eps]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> the same."""
-        mean = nn.functional.linear(x * x, self.mean)
-        return x * torch.rsqrt(mean + self.eps) * self.weight
+        return x * torch.rsqrt(nn.functional.linear(x * x, self.mean, self.eps)) * self.weight
 
 
 def silu(x: Tensor) -> Tensor:

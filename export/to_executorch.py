@@ -80,12 +80,12 @@ def export_executorch(
         CheckFailed: the file's answers are not the checkpoint's.
     """
     say = report or silent
-    check_backend(backend)
     if quant == "fp16":
         raise UserError("--quant fp16: XNNPACK runs float32 or 8-bit activations; use int8 or int4")
     source = exportable(checkpoint)
     weights = open_weights(source, quant, group_size)
     config = source.config
+    check_backend(backend, config, quantised=weights.scheme.bits > 0)
     context = context_limit(config, max_context)
     with new_bundle(out) as folder:
         tokenizer = copy_tokenizer(source, folder)

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import distilling
 import golden
 import mmmamba_edge as mm
 from exported import bundle, case, checkpoint
 from mmmamba_edge.bundle import read_manifest, write_manifest
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.pte_backends import check_backend
 from mmmamba_edge.export.pte_memory import memory_planning
 from mmmamba_edge.export.verify import sqnr_db
 from mmmamba_edge.export.weights import EMBEDDING, Weights
@@ -371,3 +373,12 @@ def test_runtimes_and_bundles_must_fit(copy):
         mm.open_bundle(bundle("small", "linear"), runtime="executorch")
     with pytest.raises(UserError, match="provider 'cuda': a .pte runs where it was lowered for"):
         mm.open_bundle(copy, provider="cuda")
+
+
+@pytest.mark.parametrize("quantised, kept", [(True, set()), (False, {1})])
+def test_core_ml_refuses_what_its_compiler_fails_over(quantised, kept):
+    config = distilling.config().with_attention_layers(kept)
+    with pytest.raises(UserError, match="--backend coreml: takes"):
+        check_backend("coreml", config, quantised)
+    check_backend("vulkan", config, quantised)
+    check_backend("coreml", distilling.config().with_attention_layers(set()), quantised=False)
