@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded one after the other, and what each
 loses is made up for by those that are not rounded yet, as far as the inputs allow it. Rows can do
-the same for each other, where it is known how answers depend on them (sensitivity.py).
+the same for each other, where it is known how answers depend on them (quantize_sensitivity.py).
 
 Scales are of codes.py's kind: symmetric, positive, exact in bfloat16. Groups stay runs of
 neighbouring columns whatever the order of rounding, so that no runtime needs a permutation.
@@ -54,9 +54,9 @@ def quantize_gptq(
         bits: 8 or 4.
         group: columns that share a scale; None: one scale a row.
         by_size: round the columns with the largest inputs first ("act-order").
-        outputs: (rows, rows), mean of g g^T (sensitivity.py): rows are then rounded `ROWS` at a
-            time, those that matter most first, and the rows behind make up for them as well
-            (arXiv 2505.22988). None: each row by itself.
+        outputs: (rows, rows), mean of g g^T (quantize_sensitivity.py): rows are then rounded
+            `ROWS` at a time, those that matter most first, and the rows behind make up for them
+            as well (arXiv 2505.22988). None: each row by itself.
 
     Raises:
         ValueError: weights or inputs that are not finite.

@@ -1,6 +1,6 @@
 """Quantises a checkpoint layer by layer; each layer is fed what the quantised ones before it give.
 
-With `fisher`, what answers depend on is measured first (sensitivity.py).
+With `fisher`, what answers depend on is measured first (quantize_sensitivity.py).
 For every layer: read the calibration sequences once with its own weights and gather each matrix's
 inputs; fold (folds.py); round (gptq.py or rounding.py); read once more with the rounded weights,
 which is the next layer's input. One layer is in memory at a time. A finished layer is on disk, so
@@ -31,9 +31,13 @@ from mmmamba_edge.quant.folds import Site, Tensors, apply, choose, rows_divided_
 from mmmamba_edge.quant.gptq import Hessian, product_error, quantize_gptq
 from mmmamba_edge.quant.plan import Choice, Plan
 from mmmamba_edge.quant.quantize_data import Calibration
+from mmmamba_edge.quant.quantize_sensitivity import (
+    Sensitivity,
+    load_sensitivity,
+    measure_sensitivity,
+)
 from mmmamba_edge.quant.rounding import quantize_clipped
 from mmmamba_edge.quant.schemes import SCHEMES
-from mmmamba_edge.quant.sensitivity import Sensitivity, load_sensitivity, measure_sensitivity
 from mmmamba_edge.quant.stored import (
     CODES,
     FACTS,

@@ -23,7 +23,7 @@ from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import Manifest
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint, save_checkpoint
 from mmmamba_edge.model.decoder import DecoderLayer
-from mmmamba_edge.quant import quantize_layers, sensitivity
+from mmmamba_edge.quant import quantize_layers, quantize_sensitivity
 from mmmamba_edge.quant.builtin_text import topics
 from mmmamba_edge.quant.codes import MIN_SCALE, quantize_int4
 from mmmamba_edge.quant.folds import apply, rows_divided_by, sites
@@ -31,11 +31,11 @@ from mmmamba_edge.quant.gptq import product_error, quantize_gptq
 from mmmamba_edge.quant.plan import make_plan
 from mmmamba_edge.quant.quantize_data import Calibration, Sequence, balanced, digest
 from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
+from mmmamba_edge.quant.quantize_sensitivity import load_sensitivity, measure_sensitivity
 from mmmamba_edge.quant.quantize_units import Unit, measure_units, promoted
 from mmmamba_edge.quant.rotation import turned
 from mmmamba_edge.quant.rounding import quantize_clipped
 from mmmamba_edge.quant.schemes import SCHEMES
-from mmmamba_edge.quant.sensitivity import load_sensitivity, measure_sensitivity
 from mmmamba_edge.quant.stored import CODES, FACTS, QuantizedCheckpoint
 from mmmamba_edge.runtimes import open_bundle
 
@@ -323,7 +323,7 @@ def test_layers_of_another_plan_are_not_taken(tmp_path):
 @pytest.mark.parametrize("normalized", [False, True])
 def test_sensitivity_is_the_gradient_of_drawn_tokens(variant, normalized, tmp_path, monkeypatch):
     """A layer at a time, pictures too, it is what one backward pass of the whole model says."""
-    monkeypatch.setattr(sensitivity, "quick", nullcontext)
+    monkeypatch.setattr(quantize_sensitivity, "quick", nullcontext)
     source = open_checkpoint(checkpoint("small", variant))
     source.config = replace(source.config, normalize_encoder_output=normalized)
     calibration, tokens = data(), sum(len(s.ids) for s in data().sequences)
