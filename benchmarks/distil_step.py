@@ -41,6 +41,7 @@ from mmmamba_edge.distill.student import (
     freeze,
     share_output_projection,
     train_only,
+    trained,
 )
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.layers import Attention
@@ -122,7 +123,7 @@ def measure(
     batch = Batch(ids, lengths, weights, dense=True)
     engine = Engine(device, bf16=device == "cuda")
     step = _step(kind, stage, teacher, mixers, engine, batch, recompute, compiled, cuda_graph)
-    parameters = [p for mixer in mixers.values() for p in mixer.parameters() if p.requires_grad]
+    parameters = trained(mixers).values()
     seconds, loss, before = [], 0.0, _memory(device)
     try:
         for _ in range(repeat + 1 + compiled):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_edge.distill.batches import Batch
+from mmmamba_edge.distill.student import trained
 
 if TYPE_CHECKING:
     from mmmamba_edge.distill.training import Stage
@@ -62,9 +63,7 @@ class RecordedStage:
     def __init__(self, stage: "Stage") -> None:
         self.mixers, self.units, self.loss = stage.mixers, stage.units, stage.loss
         self._backward = stage.backward
-        self._parameters = [
-            p for mixer in stage.mixers.values() for p in mixer.parameters() if p.requires_grad
-        ]
+        self._parameters = list(trained(stage.mixers).values())
         self._shape: torch.Size | None = None
 
     def backward(self, batch: Batch, factor: Tensor | float) -> Tensor:

@@ -96,14 +96,15 @@ class LayerMatching:
         self._match: Match = match
         layers = sorted(mixers)
         units = [MatchedMixer(mixers[i], match, relative) for i in layers]
-        for unit in units if compiled else ():
-            engine.compile(unit)
-        for layer in teacher.layers if compiled else ():
-            # Its attention is hooked, and stays as it is; what lies around need not.
-            engine.compile(layer.attention_norm)
-            assert isinstance(layer.attention, Attention)
-            engine.compile(layer.attention.rotary)
-            engine.compile(layer, "fed")
+        if compiled:
+            for unit in units:
+                engine.compile(unit)
+            for layer in teacher.layers:
+                # Its attention is hooked, and stays as it is; what lies around need not.
+                engine.compile(layer.attention_norm)
+                assert isinstance(layer.attention, Attention)
+                engine.compile(layer.attention.rotary)
+                engine.compile(layer, "fed")
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
         self._weights: Tensor | None = None

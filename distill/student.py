@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmmamba_edge.config import Config
 from mmmamba_edge.distill.seed import Seeding, seed_mixer
@@ -112,6 +112,16 @@ def train_only(mixers: Mapping[int, Mamba2Mixer], names: Collection[str]) -> Non
     for mixer in mixers.values():
         for name, parameter in mixer.named_parameters():
             parameter.requires_grad_(name in names)
+
+
+def trained(mixers: Mapping[int, Mamba2Mixer]) -> dict[str, nn.Parameter]:
+    """What learns, by name `{layer}.{tensor}`."""
+    return {
+        f"{layer}.{name}": parameter
+        for layer, mixer in sorted(mixers.items())
+        for name, parameter in mixer.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def share_output_projection(

@@ -21,6 +21,7 @@ from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.metrics import Metrics
 from mmmamba_edge.distill.progress import load_progress, save_progress
 from mmmamba_edge.distill.schedule import wsd
+from mmmamba_edge.distill.student import trained
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.mixer import Mamba2Mixer
 
@@ -122,16 +123,6 @@ def optimise(
     optimizer.step()
     optimizer.zero_grad(set_to_none=not isinstance(stage, RecordedStage))
     return torch.stack(losses).sum() / engine.world, norm
-
-
-def trained(mixers: Mapping[int, Mamba2Mixer]) -> dict[str, nn.Parameter]:
-    """What learns, by name `{layer}.{tensor}`."""
-    return {
-        f"{layer}.{name}": parameter
-        for layer, mixer in sorted(mixers.items())
-        for name, parameter in mixer.named_parameters()
-        if parameter.requires_grad
-    }
 
 
 def make_optimizer(

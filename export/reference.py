@@ -52,7 +52,7 @@ def read_streamed(
     total = len(config.layer_types)
     for index, kind in enumerate(config.layer_types):
         if index == len(config.embedding.layer_types) and config.normalize_encoder_output:
-            hidden = [nn.functional.normalize(x, dim=-1, eps=0.0) for x in hidden]
+            hidden = [normalised(x) for x in hidden]
         layer = load_layer(weights, index, kind)
         for i, x in enumerate(hidden):
             state = new_state(layer, x)
@@ -64,6 +64,11 @@ def read_streamed(
         Reading(logits, TorchState(DecoderState(states, torch.tensor([len(logits)]))).arrays())
         for logits, states in zip(_logits(weights, hidden), kept, strict=True)
     ]
+
+
+def normalised(x: Tensor) -> Tensor:
+    """(..., hidden) of length 1: the first half's output, where `normalize_encoder_output`."""
+    return nn.functional.normalize(x, dim=-1, eps=0.0)
 
 
 def new_state(layer: DecoderLayer, x: Tensor) -> AttentionState | MixerState:

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from mmmamba_edge.config import Config
-from mmmamba_edge.export.reference import embedded, new_state
+from mmmamba_edge.export.reference import embedded, new_state, normalised
 from mmmamba_edge.export.verify import link, sqnr_db
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.manifest import Manifest, is_cache
@@ -114,7 +114,7 @@ class Probe:
         with torch.inference_mode():
             sums = {half: _Sum() for half in HALVES}
             for number, x in enumerate(self._hidden):
-                x = _normalised(x) if normalise else x
+                x = normalised(x) if normalise else x
                 state = new_state(layer, x)
                 middle = x + layer.attention(layer.attention_norm(x), None, state)
                 end = middle + layer.feed_forward(layer.ffn_norm(middle))
@@ -124,7 +124,7 @@ class Probe:
                         self._compare_state(number, f"{index}.{name}", tensor[0].numpy())
                 if self.streams:
                     got = [_tensor(s) for s in self.streams[number][2 * index : 2 * index + 3]]
-                    before = _normalised(got[0]) if normalise else got[0]
+                    before = normalised(got[0]) if normalise else got[0]
                     adds = layer.attention(layer.attention_norm(before), None, new_state(layer, x))
                     sums["mix"].add(got[1], middle, got[1] - before, adds)
                     adds = layer.feed_forward(layer.ffn_norm(got[1]))
@@ -167,10 +167,6 @@ def _db(signal: float, error: float) -> float:
     if error == 0:
         return 200.0
     return float(np.clip(10 * np.log10((signal + 1e-300) / (error + 1e-300)), -200, 200))
-
-
-def _normalised(x: Tensor) -> Tensor:
-    return nn.functional.normalize(x, dim=-1, eps=0.0)
 
 
 def _tensor(array: Floats) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.export.reference import embedded, load_layer
+from mmmamba_edge.export.reference import embedded, load_layer, normalised
 from mmmamba_edge.export.weights import Weights
 from mmmamba_edge.model.checkpoints import SINGLE, Checkpoint, assign
 from mmmamba_edge.model.decoder import DecoderLayer
@@ -102,11 +102,11 @@ def _layers(
         hidden = embedded(weights, shown)
     importance = [torch.from_numpy(w) for w in calibration.weights]
     if plan.algorithm == "fisher":
-        measure_sensitivity(weights, calibration, working, report)
+        measure_sensitivity(weights, hidden, calibration, working, report)
     for index, kind in enumerate(config.layer_types):
         report("quantising layer", index, total)
         if index == len(config.embedding.layer_types) and config.normalize_encoder_output:
-            hidden = [nn.functional.normalize(x, dim=-1, eps=0.0) for x in hidden]
+            hidden = [normalised(x) for x in hidden]
         prefix, stack = layer_prefix(config, index), config.stack_of(index)
         file = working / f"layer-{index:03}.safetensors"
         with torch.inference_mode():

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmmamba_edge.export.reference import embedded, final_norm, load_layer
+from mmmamba_edge.export.reference import final_norm, load_layer, normalised
 from mmmamba_edge.export.weights import HEAD, Weights
 from mmmamba_edge.model.decoder import DecoderLayer
 from mmmamba_edge.quant.folds import sites
@@ -46,7 +46,7 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    weights: Weights, calibration: Calibration, folder: Path,
+    weights: Weights, hidden: list[Tensor], calibration: Calibration, folder: Path,
     report: Report = silent, seed: int = 0,
 ) -> None:  # fmt: skip
     """The sensitivity of every layer, the last one first, to be loaded from files in `folder`.
@@ -55,6 +55,7 @@ def measure_sensitivity(
 
     Args:
         weights: of the float model.
+        hidden: (1, tokens, hidden) of each sequence before the first layer (`embedded`).
         calibration: what is read.
         folder: exists.
         report: told how far it is.
@@ -64,11 +65,11 @@ def measure_sensitivity(
     if _file(folder, 0).is_file():
         return
     half = len(config.embedding.layer_types)
-    inputs, between, x = [], [], _embedded(weights, calibration)
+    inputs, between, x = [], [], hidden
     for index, kind in enumerate(config.layer_types):
         report("reading with layer", index, total)
         if index == half and config.normalize_encoder_output:
-            between, x = x, [_normalize(one) for one in x]
+            between, x = x, [normalised(one) for one in x]
         inputs.append([one.bfloat16() for one in x])
         layer = load_layer(weights, index, kind)
         with torch.inference_mode(), quick():
@@ -81,7 +82,7 @@ def measure_sensitivity(
         _save(found, _file(folder, index))
         if between and index == half:
             grads = [
-                torch.func.vjp(_normalize, before.clone())[1](grad)[0]
+                torch.func.vjp(normalised, before.clone())[1](grad)[0]
                 for before, grad in zip(between, grads, strict=True)
             ]
     report("what answers depend on: layer", total, total)
@@ -113,19 +114,10 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"sensitivity-{index:03}.safetensors"
 
 
-def _embedded(weights: Weights, calibration: Calibration) -> list[Tensor]:
-    with torch.inference_mode():
-        return embedded(weights, [(s.ids, s.pixels) for s in calibration.sequences])
-
-
 def quick() -> torch.autocast:
     """bfloat16 where the processor multiplies it: what is measured is a mean of noisy terms."""
     able = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(able.get("avx512_bf16")))
-
-
-def _normalize(x: Tensor) -> Tensor:
-    return nn.functional.normalize(x, dim=-1, eps=0.0)
 
 
 def _answers(

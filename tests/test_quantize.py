@@ -17,6 +17,7 @@ from exported import ROOT, checkpoint, small_model
 from mmmamba_edge.cli import main
 from mmmamba_edge.config import StackConfig
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.export.reference import embedded
 from mmmamba_edge.export.to_onnx import export_onnx
 from mmmamba_edge.export.verify import sqnr_db
 from mmmamba_edge.export.weights import Weights
@@ -327,7 +328,9 @@ def test_sensitivity_is_the_gradient_of_drawn_tokens(variant, normalized, tmp_pa
     source = open_checkpoint(checkpoint("small", variant))
     source.config = replace(source.config, normalize_encoder_output=normalized)
     calibration, tokens = data(), sum(len(s.ids) for s in data().sequences)
-    measure_sensitivity(Weights(source, SCHEMES["none"]), calibration, tmp_path, seed=3)
+    weights = Weights(source, SCHEMES["none"])
+    hidden = embedded(weights, [(s.ids, s.pixels) for s in calibration.sequences])
+    measure_sensitivity(weights, hidden, calibration, tmp_path, seed=3)
 
     model = load_model(source, dtype=torch.float32)
     said, generator = {}, torch.Generator().manual_seed(3)

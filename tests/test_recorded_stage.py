@@ -13,7 +13,7 @@ from mmmamba_edge.distill.engine import Engine
 from mmmamba_edge.distill.layer_matching import LayerMatching
 from mmmamba_edge.distill.logit_matching import LogitMatching
 from mmmamba_edge.distill.scratch import from_scratch
-from mmmamba_edge.distill.student import freeze, share_output_projection, train_only
+from mmmamba_edge.distill.student import freeze, share_output_projection, train_only, trained
 from mmmamba_edge.model.mixer import Mamba2Mixer
 
 
@@ -49,8 +49,7 @@ def dense(seq: int, device: str, *, seed: int) -> Batch:
 
 def accumulated(stage, batches) -> tuple[list, list]:
     losses = [stage.backward(batch, torch.tensor(0.5 + i)) for i, batch in enumerate(batches)]
-    parameters = [p for m in stage.mixers.values() for p in m.parameters() if p.requires_grad]
-    return losses, [p.grad for p in parameters]
+    return losses, [p.grad for p in trained(stage.mixers).values()]
 
 
 @pytest.mark.parametrize("number", [1, 3])

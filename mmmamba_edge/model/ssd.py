@@ -39,10 +39,9 @@ def scan(
     Returns:
         y (batch, seq, heads, value_dim) and the state after the last position.
     """
-    batch, seq, heads, key_dim = q.shape
-    s = q.new_zeros(batch, heads, key_dim, v.shape[3]) if state is None else state
+    s = _zeros(q, v, q.dtype) if state is None else state
     outputs = []
-    for t in range(seq):
+    for t in range(q.shape[1]):
         y, s = step(q[:, t], k[:, t], v[:, t], dt[:, t], a, s)
         outputs.append(y)
     return torch.stack(outputs, dim=1), s
@@ -92,7 +91,7 @@ def chunked(
     if chunk is None:
         # Compiled, a chunk's scores cost little, and states pass through memory several times.
         chunk = 2 * CHUNK if q.is_cuda and torch.compiler.is_dynamo_compiling() else CHUNK
-    batch, seq, heads, key_dim = q.shape
+    batch, seq, heads, _ = q.shape
     pad = -seq % chunk
     groups = (k.shape[2], heads // k.shape[2])  # kv heads, and the query heads that each serves
     # Padding dt with 0 after softplus leaves the final state alone.
@@ -124,8 +123,8 @@ def chunked(
     if state is None and torch.compiler.is_dynamo_compiling():
         carried, s = _carried_at_once(whole, added)
     else:
-        start = q.new_zeros(batch, heads, key_dim, v.shape[3], dtype=wide)
-        carried, s = _carried(whole, added, start if state is None else state.to(wide))
+        start = _zeros(q, v, wide) if state is None else state.to(wide)
+        carried, s = _carried(whole, added, start)
 
     # 4. What the carried state contributes.
     carried = carried.to(q.dtype).unflatten(2, groups)  # bcgrnp
@@ -205,6 +204,10 @@ def _chunked_by(
         v, dt, a, k, q, chunk_size=chunk, initial_states=initial, return_final_states=True
     )
     return y, final.transpose(2, 3).float().contiguous()
+
+
+def _zeros(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=dtype)
 
 
 def _per_head(x: Tensor, q: Tensor) -> Tensor:
