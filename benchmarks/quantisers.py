@@ -61,6 +61,7 @@ def main() -> int:
     parser.add_argument("--peer-python")
     parser.add_argument("--types", default="Q4_0,Q4_K_M,Q8_0")
     parser.add_argument("--tokens", type=int, default=50_000)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of PyTorch")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -74,8 +75,10 @@ def main() -> int:
 
 def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All sides read the same sequences; nothing is kept but a number a position."""
-    reference = torch_logits(args.checkpoint)
-    sides = [_ours(folder) for folder in args.ours] + [_bundle(folder) for folder in args.bundle]
+    reference = torch_logits(args.checkpoint, args.device)
+    sides = [_ours(folder, args.device) for folder in args.ours] + [
+        _bundle(folder) for folder in args.bundle
+    ]
     if args.peer_python:
         sides += list(peers(args.checkpoint, args.peer_python, args.types.split(","), work))
     nll, read, total = 0.0, 0, args.tokens
@@ -104,22 +107,22 @@ def sequences(checkpoint: Path, tokens: int) -> Iterator[np.ndarray]:
         yield ids[start : start + LENGTH]
 
 
-def torch_logits(checkpoint: Path) -> Logits:
+def torch_logits(checkpoint: Path, device: str) -> Logits:
     """Of a model in PyTorch, float32."""
-    model = load_model(checkpoint, dtype=torch.float32)
+    model = load_model(checkpoint, device, torch.float32)
 
     def logits(ids: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return model(torch.from_numpy(ids)[None])[0].numpy()
+            return model(torch.from_numpy(ids)[None].to(device))[0].cpu().numpy()
 
     return logits
 
 
-def _ours(folder: Path) -> Side:
+def _ours(folder: Path, device: str) -> Side:
     opened = open_checkpoint(folder)
     assert isinstance(opened, QuantizedCheckpoint), f"{folder}: not a quantised checkpoint"
     bits = opened.facts.bits_per_weight
-    return Side(folder.name, bits, int(bits * _weights(folder) / 8), torch_logits(folder))
+    return Side(folder.name, bits, int(bits * _weights(folder) / 8), torch_logits(folder, device))
 
 
 def _bundle(folder: Path) -> Side:

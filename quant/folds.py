@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmmamba_edge.config import StackConfig
-from mmmamba_edge.quant.codes import quantize_int4, quantize_int8
+from mmmamba_edge.quant.rounding import nearest
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75)  # exponents tried; 0: no fold
 WIDEST = 8.0  # no column is scaled by more: its neighbours in a group would vanish
@@ -107,8 +107,8 @@ def apply(site: Site, tensors: Tensors, scales: Tensor, stack: StackConfig) -> N
 
 def rows_divided_by(site: Site, scales: Tensor, stack: StackConfig, rows: int) -> Tensor:
     """(rows,): what `apply` divides each row of the writer, a matrix, by."""
-    empty = {name: torch.zeros(1, len(scales)) for name in site.readers}
-    one = {**empty, site.writer: torch.ones(rows, 1)}
+    empty = {name: scales.new_zeros(1, len(scales)) for name in site.readers}
+    one = {**empty, site.writer: scales.new_ones(rows, 1)}
     apply(site, one, scales, stack)
     return 1 / one[site.writer][:, 0]
 
@@ -134,7 +134,6 @@ def _shared(site: Site, scales: Tensor, stack: StackConfig) -> Tensor:
 
 def _lost(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group: int | None) -> float:
     """Mean |Wx - Qx|^2 with columns scaled by `scales`, under rounding to nearest."""
-    scaled = (weight * scales).numpy()
-    codes = quantize_int4(scaled, group) if bits == 4 and group else quantize_int8(scaled)
-    lost = weight - torch.from_numpy(codes.dequantized()) / scales
+    four = bits == 4 and group is not None
+    lost = weight - nearest(weight * scales, bits if four else 8, group if four else None) / scales
     return float((lost @ hessian).mul_(lost).sum())

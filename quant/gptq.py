@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from mmmamba_edge.quant.codes import Codes
+from mmmamba_edge.quant.descent import descend
 from mmmamba_edge.quant.rounding import rounded, search_scale, to_codes
 
 BLOCK = 128  # columns whose errors are gathered before they reach the columns behind
 ROWS = 32  # rounded together when rows make up for rows
 # Of the mean diagonal, added to it: the inverse of a flat direction means nothing.
 DAMPING = 0.01
+PASSES = 4  # of coordinate descent behind it
 ROW_DAMPING = 0.1  # of `outputs`, gradients of drawn tokens, which are noisier than inputs
 
 
@@ -24,10 +26,11 @@ class Hessian:
 
     Args:
         columns: width of x.
+        device: where inputs are.
     """
 
-    def __init__(self, columns: int) -> None:
-        self.sum = torch.zeros(columns, columns)
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.sum = torch.zeros(columns, columns, device=device)
         self.mass = 0.0
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
@@ -44,7 +47,7 @@ class Hessian:
 
 def quantize_gptq(
     weight: Tensor, hessian: Tensor, bits: int, group: int | None = None, *, by_size: bool = True,
-    outputs: Tensor | None = None,
+    outputs: Tensor | None = None, passes: int = PASSES,
 ) -> Codes:  # fmt: skip
     """Codes of a matrix whose products with typical inputs are as near as can be.
 
@@ -57,6 +60,7 @@ def quantize_gptq(
         outputs: (rows, rows), mean of g g^T (quantize_sensitivity.py): rows are then rounded
             `ROWS` at a time, those that matter most first, and the rows behind make up for them
             as well (arXiv 2505.22988). None: each row by itself.
+        passes: of coordinate descent behind it (descent.py).
 
     Raises:
         ValueError: weights or inputs that are not finite.
@@ -67,16 +71,18 @@ def quantize_gptq(
     columns = weight.shape[1]
     group = group or columns
     size = hessian.diagonal()
-    order = size.argsort(descending=True) if by_size else torch.arange(columns)
+    order = size.argsort(descending=True) if by_size else torch.arange(columns, device=size.device)
     inverse = _upper_of_inverse(hessian[order][:, order])
 
     def by_columns(rows: Tensor) -> tuple[Tensor, Tensor]:
         return _by_columns(rows, size, order, inverse, bits, group)
 
+    damped = _damped(hessian)
     if outputs is None:
-        return to_codes(*by_columns(weight), bits)
+        codes, scale = by_columns(weight)
+        return to_codes(*descend(weight, codes, scale, damped, bits, passes), bits)
     codes = torch.empty_like(weight)
-    scale = torch.empty(len(weight), columns // group)
+    scale = weight.new_empty(len(weight), columns // group)
     first = outputs.diagonal().argsort(descending=True)
     work = weight[first].clone()
     across = _upper_of_inverse(outputs[first][:, first], ROW_DAMPING)
@@ -88,7 +94,35 @@ def quantize_gptq(
         lost = block - here * step.repeat_interleave(group, dim=1)
         lost = torch.linalg.solve_triangular(own.T, lost, upper=False)
         work[part.stop :].addmm_(across[part, part.stop :].T, lost, alpha=-1)
+    for _ in range(passes):
+        _rows_again(weight, codes, scale, damped, _damped(outputs, ROW_DAMPING), first, bits)
     return to_codes(codes, scale, bits)
+
+
+def _rows_again(
+    weight: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor, outputs: Tensor, order: Tensor,
+    bits: int,
+) -> None:  # fmt: skip
+    """One pass of descent, `ROWS` rows at a time given all others; `codes`, `scale` in place."""
+    group = codes.shape[1] // scale.shape[1]
+    error = weight - codes * scale.repeat_interleave(group, dim=1)
+    for part in order.split(ROWS):
+        own, old = outputs[part][:, part], error[part]
+        # The error of these rows that would suit all others best, could it be any number.
+        best = old - torch.linalg.solve(own, outputs[part] @ error)
+        target = weight[part] - best
+        new_codes, new_scale = descend(target, codes[part], scale[part], hessian, bits, 1)
+        new = weight[part] - new_codes * new_scale.repeat_interleave(group, dim=1)
+        before, after = (
+            float(((own @ (e - best) @ hessian) * (e - best)).sum()) for e in (old, new)
+        )
+        if after < before:  # rows of a block are moved as if they knew nothing of each other
+            codes[part], scale[part], error[part] = new_codes, new_scale, new
+
+
+def _damped(matrix: Tensor, damping: float = DAMPING) -> Tensor:
+    mean = float(matrix.diagonal().mean()) or 1.0
+    return matrix + damping * mean * torch.eye(len(matrix), device=matrix.device)
 
 
 def _by_columns(
@@ -123,7 +157,7 @@ def _by_columns(
 def _upper_of_inverse(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse; damped more until there is one."""
     mean = float(hessian.diagonal().mean()) or 1.0
-    eye = torch.eye(len(hessian))
+    eye = torch.eye(len(hessian), device=hessian.device)
     while True:
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
         if not failed:
@@ -136,7 +170,7 @@ def _upper_of_inverse(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 
 def product_error(weight: Tensor, codes: Codes, hessian: Tensor) -> float:
     """Mean over inputs of |W x - Q x|^2 / |W x|^2, from the Hessian alone."""
-    lost = weight - torch.from_numpy(codes.dequantized())
+    lost = weight - torch.from_numpy(codes.dequantized()).to(weight.device)
     return _power(lost, hessian) / max(_power(weight, hessian), 1e-30)
 
 

@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"calibration tokens, at most ({CALIBRATION_TOKENS:,})",
     )
+    add(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="where layers read and are rounded (cpu); one layer is there at a time, with --scheme "
+        "mixed the whole model once",
+    )
     add("--json", action="store_true", help="print one JSON object")
     parser.epilog = (
         "example: mmmamba-edge quantize weights/mmMamba-linear --scheme mixed "
@@ -71,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The verb."""
+    import torch
+
     from mmmamba_edge.model.checkpoints import open_checkpoint
     from mmmamba_edge.quant.quantize_data import calibrate_on
     from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
@@ -82,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(args.scheme, args.group_size, args.algorithm, folds=not args.no_folds)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: expected a number above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
     refuse_taken(args.out)
     source = open_checkpoint(args.checkpoint)
     if isinstance(source, QuantizedCheckpoint):
@@ -91,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
         status("reading calibration data")
         data = calibrate_on(args.calibration, source.config, tokenizer, args.tokens)
         if args.scheme == "mixed":
-            units = measure_units(source, plan, data, status)
+            units = measure_units(source, plan, data, status, device=args.device)
             plan = plan.promote(promoted(units, args.bits))
-        facts = quantize_checkpoint(source, args.out, plan, data, status)
+        facts = quantize_checkpoint(source, args.out, plan, data, status, args.device)
     eight = [c for c in facts.matrices.values() if c.bits == 8]
     shown = {
         "checkpoint": str(args.out), "scheme": facts.scheme, "codes_sha256": facts.digest,

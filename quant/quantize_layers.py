@@ -64,7 +64,7 @@ class Part:
 
 def quantize_checkpoint(
     source: Checkpoint, out: Path, plan: Plan, calibration: Calibration,
-    report: Report = silent,
+    report: Report = silent, device: str = "cpu",
 ) -> Facts:  # fmt: skip
     """Write the quantised checkpoint `out`.
 
@@ -74,12 +74,14 @@ def quantize_checkpoint(
         plan: bits, groups and algorithm of each matrix.
         calibration: what is read.
         report: told how far it is.
+        device: where layers read and are rounded; the codes of two kinds differ in last digits.
 
     Raises:
         UserError: weights that are not finite, or a place that cannot be written.
     """
     with new_folder(out) as folder:
-        parts = [*_layers(source, out, plan, calibration, report), _rest(source, plan, report)]
+        layers = _layers(source, out, plan, calibration, report, device)
+        parts = [*layers, _rest(source, plan, report)]
         report("writing")
         facts = _facts(source, plan, calibration, parts)
         floats = {name: tensor for part in parts for name, tensor in part.floats.items()}
@@ -93,14 +95,15 @@ def quantize_checkpoint(
 
 
 def _layers(
-    source: Checkpoint, out: Path, plan: Plan, calibration: Calibration, report: Report
-) -> Iterator[Part]:
+    source: Checkpoint, out: Path, plan: Plan, calibration: Calibration, report: Report,
+    device: str,
+) -> Iterator[Part]:  # fmt: skip
     config, weights = source.config, Weights(source, SCHEMES["none"])
-    working, total = _open_working(source, out, plan, calibration), len(config.layer_types)
+    working, total = _open_working(source, out, plan, calibration, device), len(config.layer_types)
     shown = [(s.ids, s.pixels) for s in calibration.sequences]
     with torch.inference_mode():
-        hidden = embedded(weights, shown)
-    importance = [torch.from_numpy(w) for w in calibration.weights]
+        hidden = [x.to(device) for x in embedded(weights, shown)]
+    importance = [torch.from_numpy(w).to(device) for w in calibration.weights]
     if plan.algorithm == "fisher":
         measure_sensitivity(weights, hidden, calibration, working, report)
     for index, kind in enumerate(config.layer_types):
@@ -112,12 +115,12 @@ def _layers(
         with torch.inference_mode():
             part = _load_part(file)
             if part is None:
-                layer = load_layer(weights, index, kind)
+                layer = load_layer(weights, index, kind).to(device)
                 known = load_sensitivity(working, index, importance)
                 part = _quantized(layer, kind, stack, prefix, hidden, importance, plan, known)
                 _save_part(part, file)
             if index + 1 < total:
-                layer = _rebuilt(stack, kind, part, prefix)
+                layer = _rebuilt(stack, kind, part, prefix).to(device)
                 hidden = [layer(x, None) for x in hidden]
         yield part
     report("quantising layer", total, total)
@@ -151,7 +154,7 @@ def _quantized(
         for name in site.coded:
             choice, weight = plan.choice(prefix + name), tensors.pop(name)
             if not choice.bits:
-                part.floats[prefix + name] = weight
+                part.floats[prefix + name] = weight.cpu()
                 continue
             try:
                 codes = _rounded(weight, choice, hessians[site.name], outputs.get(name))
@@ -162,7 +165,7 @@ def _quantized(
             part.codings[prefix + name] = Coding(
                 codes.bits, codes.group, choice.algorithm, choice.reason, float(f"{error:.4g}")
             )
-    part.floats |= {prefix + name: tensor for name, tensor in tensors.items()}
+    part.floats |= {prefix + name: tensor.cpu() for name, tensor in tensors.items()}
     return part
 
 
@@ -193,7 +196,7 @@ def gather(
     found, reading, hooks = {}, 0, []
     for site in here:
         module = layer.get_submodule(site.probe)
-        found[site.name] = total = Hessian(module.in_features)  # pyright: ignore
+        found[site.name] = total = Hessian(module.in_features, hidden[0].device)  # pyright: ignore
         own = importance[site.name] if isinstance(importance, dict) else importance
 
         def add(
@@ -276,10 +279,15 @@ def _working(out: Path) -> Path:
     return out.with_name(f"{out.name}.working")
 
 
-def _open_working(source: Checkpoint, out: Path, plan: Plan, calibration: Calibration) -> Path:
+def _open_working(
+    source: Checkpoint, out: Path, plan: Plan, calibration: Calibration, device: str = "cpu"
+) -> Path:
     """The folder of finished layers; emptied if they are of another run."""
     working = _working(out)
-    facts = {"of": source.weights_id(), "plan": plan.facts(), "calibration": calibration.sha256}
+    facts = {
+        "of": source.weights_id(), "plan": plan.facts(), "calibration": calibration.sha256,
+        "device": torch.device(device).type,
+    }  # fmt: skip
     note = working / "run.json"
     if note.is_file() and note.read_text(encoding="utf-8") != json.dumps(facts):
         shutil.rmtree(working)

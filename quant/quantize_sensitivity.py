@@ -55,13 +55,15 @@ def measure_sensitivity(
 
     Args:
         weights: of the float model.
-        hidden: (1, tokens, hidden) of each sequence before the first layer (`embedded`).
+        hidden: (1, tokens, hidden) of each sequence before the first layer (`embedded`); layers
+            go where they are.
         calibration: what is read.
         folder: exists.
         report: told how far it is.
         seed: of the tokens that are drawn.
     """
     config, total = weights.config, len(weights.config.layer_types)
+    device = hidden[0].device
     if _file(folder, 0).is_file():
         return
     half = len(config.embedding.layer_types)
@@ -71,13 +73,13 @@ def measure_sensitivity(
         if index == half and config.normalize_encoder_output:
             between, x = x, [normalised(one) for one in x]
         inputs.append([one.bfloat16() for one in x])
-        layer = load_layer(weights, index, kind)
-        with torch.inference_mode(), quick():
+        layer = load_layer(weights, index, kind).to(device)
+        with torch.inference_mode(), quick(device):
             x = [layer(one, None) for one in x]
     grads = _answers(weights, x, calibration, seed)
     for index in reversed(range(total)):
         report("what answers depend on: layer", total - 1 - index, total)
-        layer = load_layer(weights, index, config.layer_types[index])
+        layer = load_layer(weights, index, config.layer_types[index]).to(device)
         found = _backward(layer, config.layer_types[index], inputs.pop(), grads, calibration)
         _save(found, _file(folder, index))
         if between and index == half:
@@ -89,11 +91,12 @@ def measure_sensitivity(
 
 
 def load_sensitivity(folder: Path, index: int, like: list[Tensor]) -> Sensitivity | None:
-    """A layer's, tokens split as the tensors `like` are long; None where none was measured."""
+    """A layer's, split as the tensors `like` are long, and where they are; None: not measured."""
     if not _file(folder, index).is_file():
         return None
     found, lengths = Sensitivity({}, {}), [len(one) for one in like]
-    with safe_open(_file(folder, index), framework="pt") as file:
+    device = str(like[0].device)
+    with safe_open(_file(folder, index), framework="pt", device=device) as file:
         for key in file.keys():
             what, _, name = key.partition("/")
             if what == "outputs":
@@ -114,18 +117,20 @@ def _file(folder: Path, index: int) -> Path:
     return folder / f"sensitivity-{index:03}.safetensors"
 
 
-def quick() -> torch.autocast:
-    """bfloat16 where the processor multiplies it: what is measured is a mean of noisy terms."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(able.get("avx512_bf16")))
+def quick(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device multiplies it: what is measured is a mean of noisy terms."""
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    fast = device.type == "cuda" or bool(able.get("avx512_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def _answers(
     weights: Weights, hidden: list[Tensor], calibration: Calibration, seed: int
 ) -> list[Tensor]:
     """Gradient of log p of drawn tokens, at the last layer's output (1, tokens, hidden) of each."""
-    generator, norm = torch.Generator().manual_seed(seed), final_norm(weights)
-    head = torch.from_numpy(weights.seen(HEAD))
+    device = hidden[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    norm, head = final_norm(weights).to(device), torch.from_numpy(weights.seen(HEAD)).to(device)
     grads = []
     for x, weight in zip(hidden, calibration.weights, strict=True):
         x = x.clone().requires_grad_()
@@ -133,8 +138,8 @@ def _answers(
         with torch.no_grad():
             error = torch.softmax(normed @ head.T, dim=-1)
             drawn = torch.multinomial(error, 1, generator=generator)
-            error.scatter_add_(1, drawn, -torch.ones(drawn.shape))
-            error *= torch.from_numpy(weight).sqrt()[:, None]
+            error.scatter_add_(1, drawn, -torch.ones_like(drawn, dtype=error.dtype))
+            error *= torch.from_numpy(weight).to(device).sqrt()[:, None]
             at_norm = error @ head
         normed.backward(at_norm)
         assert x.grad is not None
@@ -152,7 +157,8 @@ def _backward(
     outputs = {}
     for name in names:
         module = layer.get_submodule(name.removesuffix(".weight"))
-        outputs[name] = torch.zeros(module.out_features, module.out_features)  # pyright: ignore
+        rows = module.out_features
+        outputs[name] = torch.zeros(rows, rows, device=inputs[0].device)  # pyright: ignore
 
         def keep(_module: nn.Module, _inputs: object, out: Tensor, name: str = name) -> None:
             said[name] = out
@@ -162,7 +168,7 @@ def _backward(
     layer.requires_grad_(False)
     for i, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
         x = x.float().requires_grad_()
-        with quick():
+        with quick(x.device):
             y = layer(x, None)
         grads[i], *found = torch.autograd.grad(y, [x, *(said[name] for name in names)], grad)
         own = {name: g[0].float() for name, g in zip(names, found, strict=True)}
@@ -181,5 +187,5 @@ def _mixed(parts: list[Tensor], calibration: Calibration) -> list[Tensor]:
     """Weights of tokens (tokens,) from the |g|^2 of a site's matrices, (matrices, tokens) each."""
     sums = [part.sum(0) for part in parts]
     mean = float(torch.cat(sums).mean()) or 1.0
-    plain = (torch.from_numpy(weight) for weight in calibration.weights)
+    plain = (torch.from_numpy(weight).to(sums[0].device) for weight in calibration.weights)
     return [SHARE * x / mean + (1 - SHARE) * w for x, w in zip(sums, plain, strict=True)]

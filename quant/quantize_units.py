@@ -50,7 +50,7 @@ class Unit:
 
 def measure_units(
     source: Checkpoint, plan: Plan, calibration: Calibration, report: Report = silent,
-    tokens: int = TOKENS,
+    tokens: int = TOKENS, device: str = "cpu",
 ) -> list[Unit]:  # fmt: skip
     """The loss of every unit. The model is in memory in float32, once.
 
@@ -60,8 +60,9 @@ def measure_units(
         calibration: sequences, of which the first are read.
         report: told how far it is.
         tokens: read for a unit, at most.
+        device: where the model is.
     """
-    model = load_model(source, dtype=torch.float32)
+    model = load_model(source, dtype=torch.float32).to(device)
     config, units = source.config, []
     with torch.inference_mode():
         streams = _embedded(model, calibration, tokens)
@@ -101,10 +102,11 @@ def promoted(units: list[Unit], bits_per_weight: float) -> dict[str, str]:
 
 
 def _embedded(model: MMMamba, calibration: Calibration, tokens: int) -> list[Tensor]:
-    streams, read = [], 0
+    device, streams, read = model.language_model.output.weight.device, [], 0
     for sequence in calibration.sequences:
-        ids = torch.from_numpy(sequence.ids)[None]
-        pixels = None if sequence.pixels is None else torch.from_numpy(sequence.pixels)
+        ids, pixels = torch.from_numpy(sequence.ids)[None].to(device), None
+        if sequence.pixels is not None:
+            pixels = torch.from_numpy(sequence.pixels).to(device)
         streams.append(model.embed_tokens(ids, None, model.image_vectors(pixels)))
         read += ids.shape[1]
         if read >= tokens:
@@ -127,7 +129,7 @@ def _loss_of(
     for name, weight in kept.items():
         group = plan.choice(name).group_of(weight.shape[1])
         codes = quantize_gptq(weight, hessian, 4 if group else 8, group)
-        layer.get_parameter(name).data = torch.from_numpy(codes.dequantized())
+        layer.get_parameter(name).data = torch.from_numpy(codes.dequantized()).to(weight.device)
     config, total, read = model.config, 0.0, 0
     for x, p in zip(inputs[index], wanted, strict=True):
         for i in range(index, len(inputs)):

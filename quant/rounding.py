@@ -4,7 +4,6 @@ All of it keeps the rules of codes.py: scales positive, exact in bfloat16, at le
 made with the stored scale.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +51,16 @@ def search_scale(weight: Tensor, group: int, bits: int, importance: Tensor | Non
     return torch.cat(out)
 
 
+def nearest(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """What a matrix's codes stand for when nothing is clipped: `quantize_int4` or `quantize_int8`,
+    dequantised, wherever the matrix is.
+    """
+    w = grouped(weight, group or weight.shape[1])
+    scale = (w.abs().amax(-1, keepdim=True) / LIMIT[bits]).clamp(min=MIN_SCALE)
+    scale = (scale.view(torch.int32) + 0xFFFF & ~0xFFFF).view(torch.float32)  # up, to bfloat16
+    return ((w / scale).round_() * scale).reshape(weight.shape)
+
+
 def as_scale(x: Tensor) -> Tensor:
     """The nearest number that may be a scale: of bfloat16, not below the floor."""
     return x.clamp(min=MIN_SCALE).bfloat16().float()
@@ -74,4 +83,4 @@ def quantize_clipped(
 
 def to_codes(codes: Tensor, scale: Tensor, bits: int) -> Codes:
     """Tensors (rows, columns), (rows, groups) as `Codes`."""
-    return Codes(codes.to(torch.int8).numpy(), scale.numpy().astype(np.float32), bits)
+    return Codes(codes.to(torch.int8).cpu().numpy(), scale.float().cpu().numpy(), bits)
