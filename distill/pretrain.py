@@ -1,6 +1,7 @@
-"""Train a small model from scratch on the scenes task: `python -m mmmamba_edge.distill.pretrain`.
+"""Train a small model on the scenes task: `python -m mmmamba_edge.distill.pretrain`.
 
-The recipe (TOML) fixes everything: sizes, data, schedule, seed. Which scenes a step sees depends on
+From scratch, or on from a checkpoint's weights (`--init`), with optimisers as at the start. The
+recipe (TOML) fixes the rest: sizes, data, schedule, seed. Which scenes a step sees depends on
 (seed, step) alone, so a killed run that resumes goes on exactly where it was.
 """
 
@@ -11,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -34,7 +35,7 @@ from mmmamba_edge.distill.scenes.dataset import SceneCache
 from mmmamba_edge.distill.schedule import wsd
 from mmmamba_edge.distill.scratch import from_scratch, make_optimizers
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.model.checkpoints import save_model
+from mmmamba_edge.model.checkpoints import open_checkpoint, save_model
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.mixer import look_up_kernels
 from mmmamba_edge.status import StatusLine
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m mmmamba_edge.distill.pretrain",
-        description="Train a small mmMamba from scratch on rendered scenes.",
+        description="Train a small mmMamba, from scratch or a checkpoint, on rendered scenes.",
         epilog="example: python -m mmmamba_edge.distill.pretrain distill/recipes/default.toml "
         "--scenes cache/scenes --out runs/default",
     )
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="run folder; resumes if it holds a run"
     )
+    parser.add_argument("--init", type=Path, help="checkpoint whose weights to begin with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, help="override [train] steps")
     parser.add_argument("--batch", type=int, help="override [train] batch")
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         run(
             config, data, train, args.scenes, args.out, args.device,
             compile_layers=args.compile, tokenizer=args.tokenizer, val=args.val,
-            minutes=args.minutes,
+            minutes=args.minutes, init=args.init,
         )  # fmt: skip
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -79,12 +81,28 @@ def main(argv: list[str] | None = None) -> int:
 def run(
     config: Config, data: DataConfig, train: TrainConfig, scenes: Path, out: Path, device: str,
     *, compile_layers: bool = False, tokenizer: Path | None = None, val: Path | None = None,
-    minutes: float | None = None,
+    minutes: float | None = None, init: Path | None = None,
 ) -> Path:  # fmt: skip
     """Train to the end of the schedule, resuming from `out` if it holds a run.
 
+    Args:
+        config: of the model.
+        data: how many scenes are drawn from.
+        train: the schedule.
+        scenes: folder of rendered scenes, which may still be growing.
+        out: the run's folder.
+        device: "cuda" or "cpu".
+        compile_layers: with torch.compile.
+        tokenizer: file to put beside the weights.
+        val: folder of scenes to score at each save.
+        minutes: end by then, counted from now.
+        init: checkpoint to begin with, of this very `config`; None: random weights.
+
     Returns:
         The folder of the finished checkpoint, `out/checkpoint` (training layout, bfloat16).
+
+    Raises:
+        UserError: no scenes, another model's checkpoint, or the loss is no number.
     """
     if val is not None and not len(SceneCache(val)):
         raise UserError(f"{val}: no scenes; render some with scenes.dataset --split val")
@@ -92,6 +110,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(train.seed)
     model = from_scratch(config)
+    if init is not None:
+        load_weights(model, init)
     objective = Objective(model, train).to(device)
     heads = objective.heads.parameters()
     optimizers = make_optimizers(model, train.lr, train.weight_decay, device, heads)
@@ -156,6 +176,25 @@ def run(
     status.close()
     print(f"wrote {final}", file=sys.stderr)
     return final
+
+
+def load_weights(model: MMMamba, folder: Path) -> None:
+    """Give a model a checkpoint's weights, in the model's dtype.
+
+    Raises:
+        UserError: not a checkpoint, or one of another model than the recipe's.
+    """
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.config != model.config:
+        ours, theirs = asdict(model.config), asdict(checkpoint.config)
+        odd = next(key for key in ours if key != "hf" and ours[key] != theirs[key])
+        raise UserError(
+            f"{folder}: {odd} is {theirs[odd]}, the recipe's [model] makes it {ours[odd]}; "
+            "begin with a checkpoint of the same model"
+        )
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(checkpoint.get(name))
 
 
 def validate(model: MMMamba, scenes: SceneCache, batch: int, device: str) -> float:

@@ -13,6 +13,7 @@ from mmmamba_edge.distill.cuda_graph import graphed
 from mmmamba_edge.distill.pretrain import (
     Objective,
     answer_accuracy,
+    load_weights,
     loss_and_gradients,
     main,
     read_all,
@@ -23,7 +24,7 @@ from mmmamba_edge.distill.progress import save_progress
 from mmmamba_edge.distill.recipe import read_recipe
 from mmmamba_edge.distill.scratch import from_scratch
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.model.checkpoints import open_checkpoint
+from mmmamba_edge.model.checkpoints import open_checkpoint, save_model
 
 RECIPE = """
 [model]
@@ -113,6 +114,50 @@ def test_it_learns_and_resumes_bit_for_bit(run, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     resumed = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in resumed] == [6, 12]
+
+
+def test_a_run_begins_with_a_checkpoint(run, tmp_path, monkeypatch):
+    """`--init` gives the weights; the schedule and the optimisers are a new run's."""
+    first = open_checkpoint(run("first") / "checkpoint")
+    begun = []
+
+    def begin(model, folder):
+        load_weights(model, folder)
+        begun.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+
+    monkeypatch.setattr(pretrain, "load_weights", begin)
+    run("second", "--init", str(tmp_path / "first/checkpoint"))
+    assert begun[0] and all(torch.equal(p, first.get(n).float()) for n, p in begun[0].items())
+    files = (tmp_path / out / "metrics.jsonl" for out in ("first", "second"))
+    before, after = ([json.loads(row) for row in file.read_text().splitlines()] for file in files)
+    assert [row["step"] for row in after] == [6, 12] and after[0]["loss"] < 0.7 * before[0]["loss"]
+
+    def save_then_die(*args):
+        save_progress(*args)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_progress", save_then_die)
+        with pytest.raises(Killed):
+            run("killed", "--init", str(tmp_path / "first/checkpoint"))
+    run("killed", "--init", str(tmp_path / "first/checkpoint"))
+    runs = ("second", "killed")
+    ours, theirs = (load_file(tmp_path / out / "progress.safetensors") for out in runs)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE)
+    small, _, _ = read_recipe(path)
+    save_model(from_scratch(small), tmp_path / "small")
+    path.write_text(RECIPE.replace("vocab_size = 40", "vocab_size = 48"))
+    large, _, _ = read_recipe(path)
+    with pytest.raises(UserError, match="small: vocab_size is 40, the recipe's .* makes it 48"):
+        load_weights(from_scratch(large), tmp_path / "small")
+    with pytest.raises(UserError, match="nowhere"):
+        load_weights(from_scratch(large), tmp_path / "nowhere")
 
 
 def test_the_schedule_ends_with_the_training(tmp_path):

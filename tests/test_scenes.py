@@ -1,5 +1,6 @@
 """The scenes task: pictures, answers, splits, tokens, shards and scores. No artwork is needed."""
 
+import hashlib
 import random
 import re
 from collections import Counter, defaultdict
@@ -19,7 +20,7 @@ from mmmamba_edge.distill.scenes.art import main as art_main
 from mmmamba_edge.distill.scenes.cells import CLASSES, cell_labels
 from mmmamba_edge.distill.scenes.dataset import SceneCache, Spec, easy_vqa_test, iter_eval
 from mmmamba_edge.distill.scenes.phrasing import Question
-from mmmamba_edge.distill.scenes.questions import ask, ask_type, with_chance
+from mmmamba_edge.distill.scenes.questions import TYPES, ask, ask_type, with_chance
 from mmmamba_edge.distill.scenes.render import letter_boxes, render
 from mmmamba_edge.distill.scenes.rows import encode_turns, make_row
 from mmmamba_edge.distill.scenes.sample import combination_split, level_at, sample_scene
@@ -45,6 +46,7 @@ from mmmamba_edge.distill.scenes.vocabulary import (
     COLOURS,
     FONTS,
     KINDS,
+    MORE_FONTS,
     SHAPES,
     SPLITS,
     angles_of_split,
@@ -301,8 +303,48 @@ def test_parameters_of_splits_are_disjoint(of):
 
 
 def test_fonts_of_splits_are_of_other_families():
-    families = [{re.findall("[A-Z][a-z]+", name)[0] for name in FONTS[s]} for s in SPLITS]
+    fonts = {**FONTS, "train": FONTS["train"] + MORE_FONTS}
+    families = [{re.findall("[A-Z][a-z]+", name)[0] for name in fonts[s]} for s in SPLITS]
     assert sum(map(len, families)) == len(set.union(*families))
+    # Liberation under its other names.
+    assert not families[0] & {"Arimo", "Tinos", "Cousine"}
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [("train", "dbde099633f12aac"), ("val", "05acee7bdd11fe00"), ("test", "f3e54c1e8f5c02e1")],
+)
+def test_scenes_and_questions_are_what_scores_were_given_for(split, digest):
+    """Published scores are over these very scenes: another digest makes them another task's."""
+    found = hashlib.sha256()
+    for rng, scene in scenes(split, 200, seed=1_000_003):
+        asked = [ask_type(rng, scene, kind) for kind in TYPES]
+        found.update(repr((scene, asked, ask(rng, scene, 8))).encode())
+    assert found.hexdigest()[:16] == digest
+
+
+def test_spelling_is_practised_with_words_that_are_nobodys():
+    held_out = {word for split in ("val", "test") for word in words_of_split(split)}
+    printed, fonts, lengths = set(), set(), Counter()
+    for index in range(1500):
+        scene = sample_scene(scene_rng(5, "train", index), "train", 2, spelling=True)
+        if scene.word:
+            fonts.add(scene.word.font)
+            if scene.word.text.isalpha():
+                printed.add(scene.word.text.lower())
+                lengths[len(scene.word.text)] += 1
+    assert not printed & held_out
+    assert fonts == {*FONTS["train"], *MORE_FONTS}
+    assert len(printed) > 300 and len(printed - set(words_of_split("train"))) > 0.7 * len(printed)
+    assert set(lengths) == {2, 3, 4, 5, 6, 7} and min(lengths.values()) > 15, lengths
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_spelling_is_not_for_measuring(split, art_folder, tokenizer_file, tmp_path, capsys):
+    args = ["--art", str(art_folder), "--tokenizer", str(tokenizer_file), "--count", "2"]
+    out = ["--out", str(tmp_path / "cache"), "--spelling", "--split", split]
+    assert dataset.main([*args, *out]) == 2
+    assert f"--spelling --split {split}: only the training split" in capsys.readouterr().err
 
 
 def test_scenes_stay_within_their_split():

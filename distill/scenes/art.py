@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from mmmamba_edge.distill.packages import call, debian_archive, npm_archive, pypi_archive
-from mmmamba_edge.distill.scenes.vocabulary import FONTS, KINDS, SOURCES
+from mmmamba_edge.distill.scenes.vocabulary import FONTS, KINDS, MORE_FONTS, SOURCES
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.whole import new_folder
 
@@ -47,11 +47,41 @@ DEBIAN = {
     "fonts-cabin": ("1.5", "OFL-1.1"),
     "fonts-crosextra-caladea": ("20200211", "OFL-1.1"),
     "fonts-inconsolata": ("001.010", "OFL-1.0"),
+    "fonts-inter": ("4.0~beta7+ds", "OFL-1.1, Apache-2.0"),
+    "fonts-karla": ("20201218", "OFL-1.1"),
+    "fonts-tuffy": ("20120614", "public domain"),
+    "fonts-manrope": ("4.504+git20201211", "OFL-1.1"),
+    "fonts-sora": ("0+git20201221+ds", "OFL-1.1"),
+    "fonts-clear-sans": ("1.00", "Apache-2.0"),
+    "fonts-play": ("1.002+20150307.1", "OFL-1.1"),
+    "fonts-junction": ("20110525.18de841", "OFL-1.1"),
+    "fonts-averia-sans-gwf": ("1.00", "OFL-1.1"),
+    "fonts-national-park": ("0.0~20220205", "OFL-1.1"),
+    "fonts-league-spartan": ("2.210", "OFL-1.1"),
+    "fonts-yanone-kaffeesatz": ("2.0+git20211102+ds", "OFL-1.1"),
+    "fonts-quicksand": ("0.2016", "OFL-1.1"),
+    "fonts-comfortaa": ("3.001", "OFL-1.1"),
+    "fonts-comic-neue": ("2.51", "OFL-1.1"),
+    "fonts-jetbrains-mono": ("2.242+ds", "Apache-2.0"),
+    "fonts-league-mono": ("2.300+ds", "OFL-1.1"),
+    "fonts-anonymous-pro": ("1.003", "OFL-1.1"),
+    "fonts-courier-prime": ("0+git20190115", "OFL-1.1"),
+    "fonts-roboto-slab": ("1.100263+20170512", "Apache-2.0"),
+    "fonts-sil-gentium-basic": ("1.102", "OFL-1.1"),
+    "fonts-ebgaramond": ("0.016+git20210310.42d4f9f2", "OFL-1.1"),
+    "fonts-vollkorn": ("4.105", "OFL-1.1"),
+    "fonts-oldstandard": ("2.2really", "OFL-1.0"),
+    "fonts-yrsa-rasa": ("2.005", "OFL-1.1"),
+    "fonts-arapey": ("0+git20200408", "OFL-1.1"),
+    "fonts-quattrocento": ("1.1", "OFL-1.1"),
+    "fonts-prociono": ("2.3", "public domain"),
+    "fonts-goudybookletter": ("2010.07.03", "public domain"),
     "fonts-cantarell": ("0.303.1", "OFL-1.1"),
     "fonts-hack": ("3.003", "MIT, Bitstream Vera"),
     # Not fonts-liberation: Debian 12's is version 1, which is GPL-2.
     "fonts-liberation2": ("2.1.5", "OFL-1.1"),
 }
+_FONT_FILES = frozenset(MORE_FONTS).union(*FONTS.values())
 EASY_VQA = ("easy-vqa", "1.0", "MIT")
 
 
@@ -118,9 +148,7 @@ def build(out: Path, packages: Path | None = None) -> None:
     """
     with new_folder(out, _not_art) as folder, tempfile.TemporaryDirectory() as scratch:
         record = _unpack(folder, packages, Path(scratch))
-        missing = {f for files in FONTS.values() for f in files} - {
-            path.name for path in (folder / "fonts").iterdir()
-        }
+        missing = _FONT_FILES - {path.name for path in (folder / "fonts").iterdir()}
         if missing:
             raise UserError(f"no package holds the font {sorted(missing)[0]}")
         files = {
@@ -132,7 +160,7 @@ def build(out: Path, packages: Path | None = None) -> None:
             "format": 1,
             "sources": record,
             "kinds": {kind.name: list(kind.codepoints) for kind in KINDS.values()},
-            "fonts": FONTS,
+            "fonts": {**FONTS, "spelling": MORE_FONTS},
             "sha256": files,
         }
         (folder / "art.json").write_text(json.dumps(art, indent=1) + "\n")
@@ -202,11 +230,10 @@ def _trimmed(picture: Image.Image) -> Image.Image:
 
 def _fonts(archive: Path, out: Path) -> bool:
     """Unpack the named font files of a .deb; says whether there were any."""
-    wanted = {file for files in FONTS.values() for file in files}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         call(["dpkg-deb", "-x", str(archive.resolve()), scratch], Path(scratch))
-        found = [path for path in Path(scratch).rglob("*.?tf") if path.name in wanted]
+        found = [path for path in Path(scratch).rglob("*.?tf") if path.name in _FONT_FILES]
         for path in found:
             shutil.copyfile(path, out / path.name)
     return bool(found)

@@ -222,14 +222,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ramp", type=int, default=300_000, help="scenes until full difficulty")
     parser.add_argument("--length", type=int, default=192, help="tokens of a row")
     parser.add_argument("--image-tokens", type=int, default=49, help="<IMG_CONTEXT>s of a picture")
+    parser.add_argument(
+        "--spelling", action="store_true",
+        help="more printed words, most of them made up, in more fonts (training split alone)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     try:
+        if args.spelling and args.split != "train":
+            raise UserError(
+                f"--spelling --split {args.split}: only the training split practises spelling; "
+                "leave --spelling out"
+            )
         load_art(args.art)
         load_tokenizer(args.tokenizer)
         digest = hashlib.sha256(args.tokenizer.read_bytes()).hexdigest()
         spec = Spec(
-            args.split, args.seed, args.level, args.ramp, args.length, args.image_tokens, digest
-        )
+            args.split, args.seed, args.level, args.ramp, args.length, args.image_tokens, digest,
+            args.spelling,
+        )  # fmt: skip
         write_cache(
             spec, args.art, args.tokenizer, args.out, count=args.count, start=args.start,
             workers=args.workers,

@@ -44,6 +44,7 @@ class Spec:
         ramp: scene index from which the curriculum has (nearly) all difficulty.
         length: tokens of a row; image_tokens: `<IMG_CONTEXT>`s of a picture.
         tokenizer: SHA-256 of the tokenizer.json.
+        spelling: more words, made up, in more fonts (`sample_scene`); of the training split alone.
     """
 
     split: Split
@@ -53,6 +54,7 @@ class Spec:
     length: int
     image_tokens: int
     tokenizer: str
+    spelling: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def make_row(spec: Spec, art: Art, tokenizer: Tokenizer, index: int) -> Row:
         easy, picture_turn = True, 0
     else:
         level = level_at(rng, index, spec.ramp) if spec.level is None else spec.level
-        scene = sample_scene(rng, spec.split, level)
+        scene = sample_scene(rng, spec.split, level, spelling=spec.spelling)
         image = render(scene, art)
         cells = cell_labels(scene, letter_boxes(scene.word, art) if scene.word else [], side)
         turns = ask(rng, scene, 8)

@@ -11,10 +11,12 @@ import zlib
 
 from mmmamba_edge.distill.scenes.scene import RGB, SIZE, Background, Scene, Thing, Word
 from mmmamba_edge.distill.scenes.shades import brightness_step, contrast, distance, muted, shade
+from mmmamba_edge.distill.scenes.spelling import LETTERS, made_up_number, made_up_word
 from mmmamba_edge.distill.scenes.vocabulary import (
     COLOURS,
     FONTS,
     KINDS,
+    MORE_FONTS,
     SHAPES,
     SOURCES,
     SPLITS,
@@ -34,19 +36,22 @@ def level_at(rng: random.Random, index: int, ramp: int) -> int:
     return 1 if draw < max(0.10, 1.5 - 1.5 * progress) else 2
 
 
-def sample_scene(rng: random.Random, split: Split, level: int) -> Scene:
+def sample_scene(rng: random.Random, split: Split, level: int, *, spelling: bool = False) -> Scene:
     """Draw a scene.
 
     Args:
         rng: all randomness comes from here.
         split: chooses shades, poses, words, fonts and combinations that no other split has.
         level: 0 (one or two things, plain backgrounds), 1, or 2 (the full task).
+        spelling: for training alone: more words, most of them made up, in more fonts.
     """
+    assert split == "train" or not spelling, "validation and test print their own words"
     plan = _weighted(rng, _PLANS[level])
     background = _background(rng, split, level, simple=plan == "one")
     word = None
-    if plan == "word" or (plan in ("few", "same") and level and rng.random() < 0.35):
-        word = _word(rng, split, level, background, alone=plan == "word")
+    share = 0.6 if spelling else 0.35
+    if plan == "word" or (plan in ("few", "same") and level and rng.random() < share):
+        word = _word(rng, split, level, background, alone=plan == "word", spelling=spelling)
     main, more = _numbers(rng, level, plan)
     if word:
         main, more = min(main, 4), min(more, max(0, 4 - main))
@@ -245,22 +250,13 @@ def _meets(word: Word, x: float, y: float, radius: float) -> bool:
 
 # --- the word -----------------------------------------------------------------------------------
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
 
 def _word(
-    rng: random.Random, split: Split, level: int, background: Background, alone: bool
-) -> Word:
-    draw = rng.random()
-    if draw < 0.66:
-        text = rng.choice(words_of_split(split))
-    elif draw < 0.86:
-        # Strings of letters keep the model from guessing words by their looks.
-        text = "".join(rng.choice(_LETTERS) for _ in range(rng.choice((2, 3, 3, 4))))
-        if text in _other_words(split):
-            text = rng.choice(words_of_split(split))
-    else:
-        text = "".join(rng.choice("0123456789") for _ in range(rng.choice((1, 2, 2, 3, 4))))
+    rng: random.Random, split: Split, level: int, background: Background, *, alone: bool,
+    spelling: bool,
+) -> Word:  # fmt: skip
+    text = _spelt(rng) if spelling else _text(rng, split)
+    fonts = FONTS[split] + (MORE_FONTS if spelling else ())
     case = rng.random()
     text = text.upper() if case < 0.5 else text.capitalize() if case < 0.7 else text
     low, high = (
@@ -273,10 +269,31 @@ def _word(
         panel = rng.choice(((255, 255, 255), (245, 240, 225), (25, 25, 30), muted(rng, split)))
     behind = Background("plain", "", panel, panel, 0, 8, 0) if panel else background
     colour, rgb = _ink(rng, split, behind)
-    word = Word(text, rng.choice(FONTS[split]), size, colour, rgb, panel, 0, 0)
+    word = Word(text, rng.choice(fonts), size, colour, rgb, panel, 0, 0)
     x = rng.uniform(min(56, word.half_width + 4), max(56, SIZE - 4 - word.half_width))
     y = rng.uniform(0.7 * size, SIZE - 0.7 * size)
     return Word(text, word.font, size, colour, rgb, panel, x, y)
+
+
+def _text(rng: random.Random, split: Split) -> str:
+    draw = rng.random()
+    if draw < 0.66:
+        return rng.choice(words_of_split(split))
+    if draw < 0.86:
+        # Strings of letters keep the model from guessing words by their looks.
+        text = "".join(rng.choice(LETTERS) for _ in range(rng.choice((2, 3, 3, 4))))
+        return rng.choice(words_of_split(split)) if text in _other_words(split) else text
+    return "".join(rng.choice("0123456789") for _ in range(rng.choice((1, 2, 2, 3, 4))))
+
+
+def _spelt(rng: random.Random) -> str:
+    """What training prints to practise spelling."""
+    draw = rng.random()
+    if draw < 0.70:
+        while (text := made_up_word(rng)) in _other_words("train"):
+            pass
+        return text
+    return rng.choice(words_of_split("train")) if draw < 0.88 else made_up_number(rng)
 
 
 def _ink(rng: random.Random, split: Split, behind: Background) -> tuple[str, RGB]:

@@ -230,7 +230,7 @@ def words_of_split(split: Split) -> tuple[str, ...]:
 
 # --- fonts --------------------------------------------------------------------------------------
 
-# split -> font files, by family: no family is in two splits.
+# split -> font files, by family: no family is in two splits, nor is a copy of another's outlines.
 FONTS: dict[Split, tuple[str, ...]] = {
     "train": (
         "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif-Bold.ttf",
@@ -241,6 +241,18 @@ FONTS: dict[Split, tuple[str, ...]] = {
     "val": ("Cantarell-Bold.otf", "Hack-Bold.ttf"),
     "test": ("LiberationSans-Regular.ttf", "LiberationSans-Bold.ttf", "LiberationSerif-Bold.ttf"),
 }  # fmt: skip
+
+# More for training: what it prints to practise spelling (spelling.py) has these fonts too.
+MORE_FONTS: tuple[str, ...] = (
+    "Inter-Medium.otf", "Inter-Bold.otf", "Karla-Regular.otf", "Karla-Bold.otf", "Tuffy.ttf",
+    "Tuffy_Bold.ttf", "Manrope-SemiBold.ttf", "Sora-SemiBold.otf", "ClearSans-Bold.ttf",
+    "Play-Bold.ttf", "Junction.otf", "AveriaSansGWF-Bold.ttf", "NationalPark-Heavy.otf",
+    "LeagueSpartan-Bold.otf", "YanoneKaffeesatz-Bold.otf", "Quicksand-Bold.ttf",
+    "Comfortaa-Bold.ttf", "ComicNeue-Bold.otf", "JetBrainsMono-Bold.ttf", "LeagueMono-Bold.otf",
+    "Anonymous Pro B.ttf", "Courier Prime Bold.otf", "RobotoSlab-Bold.otf", "GenBasB.ttf",
+    "EBGaramond12-Bold.otf", "Vollkorn-Bold.ttf", "OldStandard-Bold.ttf", "Yrsa-Bold.ttf",
+    "Arapey-Black.otf", "Quattrocento-Regular.otf", "Prociono.otf", "GoudyBookletter1911.otf",
+)  # fmt: skip
 
 # --- poses and patterns -------------------------------------------------------------------------
 
