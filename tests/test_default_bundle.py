@@ -32,6 +32,7 @@ def ask(runner, name, question):
         ("dog-and-car", "Is there a car?", "yes"),
         ("circle-and-square", "Describe the picture.", "a red circle and a blue square"),
         ("rocket-and-star", "Describe the picture.", "a rocket and a yellow star"),
+        ("word-stop", "What does it say?", "stop"),
     ],
 )
 def test_it_sees_the_sample_pictures(runner, name, question, answer):
