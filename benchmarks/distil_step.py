@@ -48,6 +48,7 @@ from mmmamba_edge.model.layers import Attention
 from mmmamba_edge.model.mixer import Mamba2Mixer, conv_kernel
 from mmmamba_edge.model.recompute import Recompute
 from mmmamba_edge.model.ssd import mamba_kernel
+from mmmamba_edge.model.training_ops import has_triton
 
 STAGES = {1: MatchingConfig(), 2: SecondConfig(), 3: LogitsConfig()}
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 FLOP/s, NVIDIA data sheets
@@ -71,6 +72,7 @@ def main() -> int:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--cuda-graph", action="store_true", help="record ours as a CUDA graph")
+    parser.add_argument("--no-kernels", action="store_true", help="ours without Triton kernels")
     parser.add_argument("--ours-only", action="store_true", help="leave the plain step out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -80,7 +82,7 @@ def main() -> int:
             case = {"size": args.size, "stage": stage, "tokens": tokens, "device": args.device}
             more = {
                 "repeat": args.repeat, "recompute": args.recompute, "compiled": args.compile,
-                "cuda_graph": args.cuda_graph,
+                "cuda_graph": args.cuda_graph, "kernels": not args.no_kernels,
             }  # fmt: skip
             kinds = ("ours",) if args.ours_only else ("plain", "ours")
             found = {kind: _alone(kind=kind, **more, **case) for kind in kinds}
@@ -94,6 +96,7 @@ def main() -> int:
         about["card"] = torch.cuda.get_device_name()
         about["SSD"] = "mamba-ssm" if mamba_kernel() else "PyTorch"
         about["conv"] = "causal-conv1d" if conv_kernel() else "PyTorch"
+        about["training kernels"] = has_triton() and not args.no_kernels
     about |= {key: True for key in ("compile", "cuda_graph") if getattr(args, key)}
     print(json.dumps({**about, "rows": rows}) if args.json else _table(about, rows))
     return 0
@@ -108,7 +111,7 @@ def _alone(**case: Any) -> dict[str, Any]:
 
 def measure(
     *, kind: str, stage: int, size: str, tokens: int, device: str, repeat: int,
-    recompute: Recompute, compiled: bool, cuda_graph: bool,
+    recompute: Recompute, compiled: bool, cuda_graph: bool, kernels: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds a step, GiB at the peak (of the step alone, and in all), loss, FLOP and MFU.
 
@@ -116,6 +119,8 @@ def measure(
     """
     torch.manual_seed(0)
     teacher, mixers = _models(size, device)
+    for mixer in mixers.values():
+        mixer.fused = kernels and kind == "ours"
     train_only(mixers, STAGES[stage].train)
     share_output_projection(teacher, mixers)
     ids = torch.randint(10, teacher.config.vocab_size, (1, tokens), device=device)
@@ -154,7 +159,8 @@ def step_flops(stage: int, config: Config, train: Collection[str], tokens: int) 
     A product costs two per weight, forward; again two for its input's gradient and two for its
     weight's, where they are asked for. Stages 1 and 2 ask for weights' only: a layer's input is the
     teacher's, and nothing else is behind it. Attention reads half of `tokens` on average. The SSD
-    is counted in chunks of 64, forward and twice that backward.
+    is counted in chunks of 64, forward and twice that backward. Of the teacher's last layer they
+    need nothing after its heads.
     """
     stack, vocab = config.llm, config.vocab_size
     hidden, key_value, layers = stack.hidden_size, stack.key_value_dim, len(config.layer_types)
@@ -171,6 +177,7 @@ def step_flops(stage: int, config: Config, train: Collection[str], tokens: int) 
     read_by_teacher = 2 * layers * (attention + mlp)
     if stage < 3:
         heads_only = sum(mixer.values()) - mixer["o_proj.weight"]
+        read_by_teacher -= 2 * (hidden * hidden + mlp)
         return read_by_teacher + layers * (2 * heads_only + 3 * 2 * ssd + 2 * learnt)
     student = sum(mixer.values()) + mlp
     through_student = layers * (2 * 2 * student + 3 * 2 * ssd + 2 * learnt)

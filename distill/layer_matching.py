@@ -7,6 +7,7 @@ memory does not grow with depth, and no attention matrix exists.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from mmmamba_edge.distill.batches import Batch
 from mmmamba_edge.distill.distill_recipe import Match, MatchingConfig
 from mmmamba_edge.distill.engine import Engine
-from mmmamba_edge.distill.losses import matching_error
+from mmmamba_edge.distill.losses import matching_error, token_errors, weighted_error
 from mmmamba_edge.distill.reading import read
 from mmmamba_edge.distill.student import share_output_projection, train_only
 from mmmamba_edge.distill.training import train
+from mmmamba_edge.model import training_ops
 from mmmamba_edge.model.checkpoints import Checkpoint
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.layers import Attention
@@ -70,10 +72,14 @@ class MatchedMixer(nn.Module):
             weights: (rows, seq).
         """
         if self.match == "output":
-            mixed = self.mixer(u, lengths)
+            return matching_error(self.mixer(u, lengths), target, weights, relative=self.relative)
+        y, gate = self.mixer.ungated(u, lengths)
+        if self.mixer.fuses(y):
+            norm = self.mixer.g_norm
+            error, power = training_ops.gated_norm_error(y, gate, norm.weight, norm.eps, target)
         else:
-            mixed = self.mixer(u, lengths, heads_only=True)
-        return matching_error(mixed, target, weights, relative=self.relative)
+            error, power = token_errors(self.mixer.gated(y, gate), target)
+        return weighted_error(error, power, weights, relative=self.relative)
 
 
 class LayerMatching:
@@ -104,6 +110,7 @@ class LayerMatching:
                 engine.compile(layer.attention_norm)
                 assert isinstance(layer.attention, Attention)
                 engine.compile(layer.attention.rotary)
+                engine.compile(layer.attention.rotary, "tables")
                 engine.compile(layer, "fed")
         self.units = [engine.wrap(unit) for unit in units]
         self._hooks, self._seen = [], {}
@@ -112,7 +119,7 @@ class LayerMatching:
         self._learning = False
         self._errors: list[Tensor] = []
         for layer, unit in zip(layers, self.units, strict=True):
-            self._watch(teacher.layers[layer].attention, unit)
+            self._watch(teacher.layers[layer].attention, unit, last=layer == layers[-1])
 
     def backward(self, batch: Batch, factor: Tensor | float) -> Tensor:
         """Gradients of one micro-batch are added up; returns its share of the loss.
@@ -135,7 +142,7 @@ class LayerMatching:
         `weights` None: every token counts, in sequences of any length ('post').
         """
         self._weights, self._factor, self._learning, self._errors = weights, 1.0, False, []
-        with torch.no_grad(), self.engine.autocast():
+        with torch.no_grad(), self.engine.autocast(), suppress(_AllSeen):
             self.teacher(**inputs)
         return [error * len(self.units) / SCALE for error in self._errors]
 
@@ -147,20 +154,25 @@ class LayerMatching:
     def _run(self, batch: Batch, factor: Tensor | float, *, learning: bool) -> Tensor:
         self._weights, self._factor, self._learning = batch.weights, factor, learning
         self._errors = []
-        with torch.no_grad(), self.engine.autocast():
+        with torch.no_grad(), self.engine.autocast(), suppress(_AllSeen):
             read(self.teacher, batch)
         return torch.stack(self._errors).sum()
 
-    def _watch(self, attention: nn.Module, unit: nn.Module) -> None:
-        """Hooks: the heads are what `wo` is given, u what the layer was given."""
+    def _watch(self, attention: nn.Module, unit: nn.Module, *, last: bool) -> None:
+        """Hooks: u is what the layer is given, the heads are what `wo` is given."""
         assert isinstance(attention, Attention)
 
-        def heads(_: nn.Module, args: tuple) -> None:
-            self._seen["heads"] = args[0]
+        def given(_: nn.Module, args: tuple) -> None:
+            self._seen["given"] = args[0], args[1]
 
-        def compare(_: nn.Module, args: tuple, output: Tensor) -> None:
-            u, lengths = args[0], args[1]
-            target = self._seen.pop("heads") if self._match == "heads" else output
+        def heads(_: nn.Module, args: tuple) -> None:
+            compare(args[0])
+
+        def whole(_: nn.Module, args: tuple, output: Tensor) -> None:
+            compare(output)
+
+        def compare(target: Tensor) -> None:
+            u, lengths = self._seen.pop("given")
             if (weights := self._weights) is None:
                 weights = torch.ones(u.shape[:2], device=u.device)
                 weights = weights / weights.sum()
@@ -169,7 +181,15 @@ class LayerMatching:
                 if self._learning:
                     loss.backward()
             self._errors.append(loss.detach())
+            if last:
+                raise _AllSeen
 
+        self._hooks.append(attention.register_forward_pre_hook(given))
         if self._match == "heads":  # a mixer that uses `wo` itself would set it off as well
             self._hooks.append(attention.wo.register_forward_pre_hook(heads))
-        self._hooks.append(attention.register_forward_hook(compare))
+        else:
+            self._hooks.append(attention.register_forward_hook(whole))
+
+
+class _AllSeen(Exception):
+    """The last layer that is compared has been: what the teacher would do after it is left out."""

@@ -31,13 +31,23 @@ def matching_error(
         weights: (rows, seq).
         relative: divide by the target's mean square, so that layers of any scale count alike.
     """
+    return weighted_error(*token_errors(student, target), weights, relative=relative)
+
+
+def token_errors(student: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean square of student minus target over features, and of the target: (rows, seq) each."""
     wide = torch.promote_types(student.dtype, torch.float32)
     target = target.to(wide).flatten(2)
-    per_token = (student.to(wide).flatten(2) - target).square().mean(-1)  # (rows, seq)
+    error = (student.to(wide).flatten(2) - target).square().mean(-1)
+    return error, target.square().mean(-1)
+
+
+def weighted_error(error: Tensor, power: Tensor, weights: Tensor, *, relative: bool) -> Tensor:
+    """`matching_error` from what `token_errors` returns."""
     if relative:
-        power = (target.square().mean(-1) * weights).sum() / weights.sum().clamp(min=1e-9)
-        per_token = per_token / power.clamp(min=1e-9)
-    return (per_token * weights).sum()
+        mean = (power * weights).sum() / weights.sum().clamp(min=1e-9)
+        error = error / mean.clamp(min=1e-9)
+    return (error * weights).sum()
 
 
 class TopK(NamedTuple):

@@ -80,7 +80,7 @@ class Rotary(nn.Module):
 
         Args:
             packed: (batch, seq, width of `wqkv`).
-            cos, sin: of `rope_tables`. Made outside: compiled, they would be made for every head.
+            cos, sin: of `tables`. Made outside: compiled, they would be made for every head.
         """
         c = self.config
         groups = c.num_attention_heads // c.num_key_value_heads
@@ -89,6 +89,12 @@ class Rotary(nn.Module):
         k = packed[..., -2, :].transpose(1, 2)
         v = packed[..., -1, :].transpose(1, 2)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def tables(
+        self, positions: Tensor, whole: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """`rope_tables` of this stack."""
+        return rope_tables(positions, self.config, whole, dtype)
 
 
 class Attention(nn.Module):
@@ -171,7 +177,7 @@ class Attention(nn.Module):
             positions, whole: as in `rope_tables`.
         """
         packed = self.wqkv(x)
-        return self.rotary(packed, *rope_tables(positions, self.config, whole, packed.dtype))
+        return self.rotary(packed, *self.rotary.tables(positions, whole, packed.dtype))
 
 
 def split_wqkv(weight: Tensor, config: StackConfig) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmmamba_edge.config import CONV_KERNEL, StackConfig
-from mmmamba_edge.model import ssd
+from mmmamba_edge.model import ssd, training_ops
 from mmmamba_edge.model.layers import RMSNorm
 from mmmamba_edge.model.recompute import Frugal
 
@@ -40,7 +40,12 @@ class Mamba2Mixer(Frugal):
 
     No positions, no softmax scale, no D skip. `in_proj` is the projection to dt, despite its name:
     the released checkpoints call it so.
+
+    Attributes:
+        fused: whether `training_ops` may serve, where it does.
     """
+
+    fused = True
 
     def __init__(self, config: StackConfig):
         super().__init__()
@@ -101,6 +106,18 @@ class Mamba2Mixer(Frugal):
             self._mixed, self._projected(x), self.in_proj(x), self.g_proj(x), lengths, state
         )
 
+    def ungated(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`heads` before norm and gate, (batch, seq, heads, head_dim), and the gate's projection.
+
+        `gated` makes the heads of them.
+        """
+        y = self._read(self._projected(x), self.in_proj(x), lengths, None)
+        return y, self.g_proj(x)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether `training_ops` serves for an intermediate result like `x`, here and now."""
+        return self.fused and training_ops.serves(x)
+
     def _projected(self, x: Tensor) -> Tensor:
         """v, k and q before the conv: (batch, seq, channels)."""
         parts = (self.v_proj, self.k_proj, self.q_proj)
@@ -113,16 +130,30 @@ class Mamba2Mixer(Frugal):
         self, z: Tensor, dt: Tensor, gate: Tensor, lengths: Tensor | None, state: MixerState | None
     ) -> Tensor:
         """All that follows the projections: conv, SSD, norm, gate."""
+        return self.gated(self._read(z, dt, lengths, state), gate)
+
+    def gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """RMSNorm per head of y (batch, seq, heads, head_dim), times SiLU(gate), in y's shape."""
+        if self.fuses(y):
+            return training_ops.gated_norm(y, gate, self.g_norm.weight, self.g_norm.eps)
+        return self.g_norm(y) * F.silu(gate.unflatten(-1, (-1, self.config.head_dim)))
+
+    def _read(
+        self, z: Tensor, dt: Tensor, lengths: Tensor | None, state: MixerState | None
+    ) -> Tensor:
+        """Conv and SSD: (batch, seq, heads, head_dim)."""
         q, k, v, dt = self._ssd_inputs(z, dt, lengths, state)
         a = -torch.exp(self.A_log_bias.float())
-        if state is None:
+        if state is None and self.fuses(z) and q.shape[-1] in training_ops.HEAD_DIMS:
+            y = training_ops.ssd_chunked(q, k, v, dt, a)
+        elif state is None:
             y, _ = ssd.chunked(q, k, v, dt, a)
         elif z.shape[1] == 1:
             y, state.ssm = ssd.step(q[:, 0], k[:, 0], v[:, 0], dt[:, 0], a, state.ssm)
             y = y[:, None]
         else:
             y, state.ssm = ssd.chunked(q, k, v, dt, a, state.ssm)
-        return self.g_norm(y) * F.silu(gate.unflatten(-1, (-1, self.config.head_dim)))
+        return y
 
     def _ssd_inputs(
         self, z: Tensor, dt: Tensor, lengths: Tensor | None, state: MixerState | None
@@ -135,12 +166,15 @@ class Mamba2Mixer(Frugal):
         if lengths is not None:
             real = torch.arange(z.shape[1], device=z.device) < lengths[:, None]
             dt = dt * real[..., None]
-        z, column = causal_conv(
-            z, self.conv1d.weight, self.conv1d.bias, None if state is None else state.conv, lengths
-        )
-        if state is not None:
-            state.conv = column
-        v, k, q = z.split([c.key_value_dim, c.key_value_dim, c.hidden_size], dim=-1)
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        if state is None and self.fuses(z):
+            assert bias is not None
+            v, k, q = training_ops.conv_silu(z, weight, bias, c.key_value_dim)
+        else:
+            z, column = causal_conv(z, weight, bias, None if state is None else state.conv, lengths)
+            if state is not None:
+                state.conv = column
+            v, k, q = z.split([c.key_value_dim, c.key_value_dim, c.hidden_size], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in (q, k, v))
         return q, k, v, dt
 
@@ -210,3 +244,4 @@ def look_up_kernels() -> None:
     """Find the CUDA kernels that are installed, before torch.compile traces code that asks."""
     ssd.mamba_kernel()
     conv_kernel()
+    training_ops.has_triton()
