@@ -123,6 +123,23 @@ def is_mixer(module):
     return isinstance(module, Mamba2Mixer)
 
 
+@pytest.mark.parametrize("match", ["heads", "output"])
+def test_the_teacher_says_no_more_than_is_compared(engine, match):
+    teacher, mixers = teacher_and_mixers("release_plain", inherited=True)
+    mixers = {i: mixers[i] for i in (0, 1)}
+    matching = LayerMatching(teacher, mixers, engine, match=match)
+    ran = []
+    for i, layer in enumerate(teacher.layers):
+        layer.attention.wo.register_forward_hook(lambda *_, i=i: ran.append(("wo", i)))
+        layer.feed_forward.register_forward_hook(lambda *_, i=i: ran.append(("mlp", i)))
+    batch = whole_batch(golden.inputs("release_plain", "text_only"))
+    assert matching.loss(batch) > 0
+    assert ran == [("wo", 0), ("mlp", 0), *([("wo", 1)] if match == "output" else [])]
+    matching.close()
+    teacher(batch.ids)
+    assert ran[-1] == ("mlp", len(teacher.layers) - 1) and len(teacher.layers) > 2
+
+
 def test_padding_and_weights_do_not_leak(engine):
     """A right-padded batch has the loss and the gradients of its rows alone."""
     teacher, mixers = teacher_and_mixers("release_plain", inherited=True)

@@ -30,10 +30,7 @@ EPS = G_NORM_EPS
 PRODUCTS = ["float32", "float16", *(["bfloat16"] if CUDA else [])]
 HALF = torch.bfloat16 if CUDA else torch.float16
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim")
 
 
 def random(*shape, seed, dtype="float32"):
@@ -60,7 +57,7 @@ def assert_close(got, want, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("seq", "key_value", "hidden"), [(1, 8, 16), (33, 8, 16), (150, 12, 40)])
+@pytest.mark.parametrize(("seq", "key_value", "hidden"), [(1, 8, 16), (33, 8, 16), (140, 16, 48)])
 def test_conv_is_plain_conv(seq, key_value, hidden, dtype):
     widths = (key_value, key_value, hidden)
 
@@ -104,10 +101,11 @@ def test_ssd_is_plain_ssd(seq, heads, kv_heads, dtype):
     assert_close(outcome(training_ops.ssd_chunked, args, given), want, dtype)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="no CUDA device")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dim", [32, 64, 128])
-def test_ssd_at_full_width(dim, dtype):
+def test_ssd_at_full_width(dim):
+    dtype = "bfloat16"
     args, given = ssd_case(1000, 8, 4, dim, dtype)
     want = outcome(lambda *x: ssd.chunked(*x)[0], args, given, wide=True)
     assert_close(outcome(training_ops.ssd_chunked, args, given), want, dtype)

@@ -1,7 +1,8 @@
 """What a mixer does between its projections, for training on CUDA: torch operators over Triton.
 
 `mixer.py` and `ssd.py` have the same maps in plain PyTorch, which serve everywhere else. Operators
-of their own pass through torch.compile whole. Gradients are once differentiable.
+of their own pass through torch.compile whole; small sums that follow them are left to it. Gradients
+are once differentiable.
 """
 
 import importlib
@@ -93,30 +94,32 @@ def _(z: Tensor, weight: Tensor, bias: Tensor, key_value: int) -> tuple[Tensor, 
 @torch.library.custom_op("mmmamba_edge::conv_silu_backward", mutates_args=())
 def conv_silu_backward(
     z: Tensor, weight: Tensor, bias: Tensor, dv: Tensor, dk: Tensor, dq: Tensor, for_z: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z (empty unless `for_z`), weight and bias."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients: of z (empty unless `for_z`); of both taps and the bias in parts.
+
+    The parts are (batch, spans, 3, channels) float32.
+    """
     z, dv, dk, dq = (x.contiguous() for x in (z, dv, dk, dq))
     batch, seq, channels = z.shape
     key_value, hidden = dv.shape[2], dq.shape[2]
     warps, _, time = LAUNCH["conv_silu_backward"]
-    cols, spans = _columns(key_value, hidden), -(-seq // (time * CONV_TIMES))
+    cols, spans = _columns(key_value, hidden), _spans(seq)
     dz = torch.empty_like(z) if for_z else z.new_empty(0)
     sums = z.new_empty(batch, spans, 3, channels, dtype=torch.float32)
     _kernel("mixer_kernels", "conv_silu_backward")[(channels // cols, spans, batch)](
         z, weight.contiguous(), bias, dv, dk, dq, dz, sums, seq, key_value, hidden, for_z,
         time, CONV_TIMES, cols, num_warps=warps,
     )  # fmt: skip
-    first, last, of_bias = sums.sum((0, 1))
-    dweight = torch.stack([first, last], dim=-1)[:, None]
-    return dz, dweight.to(weight.dtype), of_bias.to(bias.dtype, copy=True)
+    return dz, sums
 
 
 @conv_silu_backward.register_fake
 def _(
     z: Tensor, weight: Tensor, bias: Tensor, dv: Tensor, dk: Tensor, dq: Tensor, for_z: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    batch, seq, channels = z.shape
     dz = z.new_empty(z.shape) if for_z else z.new_empty(0)
-    return dz, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+    return dz, z.new_empty(batch, _spans(seq), 3, channels, dtype=torch.float32)
 
 
 def _keep_conv(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -125,11 +128,19 @@ def _keep_conv(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _conv_gradients(ctx: Any, dv: Tensor, dk: Tensor, dq: Tensor) -> tuple:
     for_z = ctx.needs_input_grad[0]
-    dz, dweight, dbias = conv_silu_backward(*ctx.saved_tensors, dv, dk, dq, for_z)
-    return dz if for_z else None, dweight, dbias, None
+    z, weight, bias = ctx.saved_tensors
+    dz, sums = conv_silu_backward(z, weight, bias, dv, dk, dq, for_z)
+    first, last, of_bias = sums.sum((0, 1))
+    dweight = torch.stack([first, last], dim=-1)[:, None].to(weight.dtype)
+    return dz if for_z else None, dweight, of_bias.to(bias.dtype), None
 
 
 conv_silu.register_autograd(_conv_gradients, setup_context=_keep_conv)
+
+
+def _spans(seq: int) -> int:
+    """Programs of `conv_silu_backward` along a row."""
+    return -(-seq // (LAUNCH["conv_silu_backward"][2] * CONV_TIMES))
 
 
 def _columns(*widths: int) -> int:
@@ -185,8 +196,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, decay: Tensor) -> tuple[Tenso
 @torch.library.custom_op("mmmamba_edge::ssd_backward", mutates_args=())
 def ssd_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, decay: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, dt (0 where dt is) and decay."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v; and what those of dt and decay are made of (ssd_kernels.py).
+
+    That is, by head and position, q dq, k dk, and the part of k dk that comes from the state after
+    the chunk; by head and chunk, in parts, the state times its gradient times the chunk's decay.
+    """
     dy, q, k, v, dt, decay = (x.contiguous() for x in (dy, q, k, v, dt, decay))
     after = _chunk_states(q, dy, dt, decay, 1, back=True)
     alike = _carry(after, decay, states)
@@ -195,17 +210,17 @@ def ssd_backward(
     _look("back", dy, v, k, dt, decay, states, dq, q, read)
     _look("ahead", k, q, dy, dt, decay, after, dv)
     _look("ahead", v, dy, q, dt, decay, after, dk, k, written, to_end)
-    ddecay = (read - written).unflatten(-1, (-1, CHUNK))
-    ddecay[..., -1] += to_end.unflatten(-1, (-1, CHUNK)).sum(-1) + alike
-    return dq, dk, dv, torch.where(dt > 0, written / dt, 0.0), ddecay.flatten(-2)
+    return dq, dk, dv, read, written, to_end, alike
 
 
 @ssd_backward.register_fake
 def _(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, decay: Tensor, states: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, ddt, ddecay = (x.new_empty(x.shape) for x in (q, k, v, dt, decay))
-    return dq, dk, dv, ddt, ddecay
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, read, written, end = (x.new_empty(x.shape) for x in (q, k, v, dt, dt, dt))
+    batch, heads, padded = dt.shape
+    alike = dt.new_empty(batch, heads, padded // CHUNK, _carriers(q.shape[3]))
+    return dq, dk, dv, read, written, end, alike
 
 
 def _keep_ssd(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -213,7 +228,13 @@ def _keep_ssd(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _ssd_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple:
-    return ssd_backward(dy, *ctx.saved_tensors)
+    q, k, v, dt, decay, states = ctx.saved_tensors
+    dq, dk, dv, read, written, to_end, alike = ssd_backward(dy, q, k, v, dt, decay, states)
+    at_end = to_end.unflatten(-1, (-1, CHUNK)).sum(-1) + alike.sum(-1)  # (batch, heads, chunks)
+    ddecay = (read - written).unflatten(-1, (-1, CHUNK))
+    ddecay = ddecay + torch.nn.functional.pad(at_end[..., None], (CHUNK - 1, 0))
+    # A step of exactly 0 is padding's, which learns nothing.
+    return dq, dk, dv, torch.where(dt > 0, written / dt, 0.0), ddecay.flatten(-2)
 
 
 ssd.register_autograd(_ssd_gradients, setup_context=_keep_ssd)
@@ -239,17 +260,22 @@ def _carry(added: Tensor, decay: Tensor, states: Tensor | None = None) -> Tensor
     """In place, from what each chunk adds to states before each; or gradients after each.
 
     With the `states`, it is gradients; returns then each chunk's sum over state times gradient,
-    times its decay: (batch, heads, chunks).
+    times its decay, in parts: (batch, heads, chunks, parts).
     """
     (batch, heads, padded), size = decay.shape, added.shape[2] * added.shape[3]
     chunks, (warps, stages, cols) = padded // CHUNK, LAUNCH["carry"]
-    cols = min(cols, size)
-    alike = decay.new_empty(batch, heads, chunks, size // cols)
-    _kernel("ssd_kernels", "carry")[(batch * heads, size // cols)](
+    cols, parts = min(cols, size), _carriers(added.shape[2])
+    alike = decay.new_empty(batch, heads, chunks, parts)
+    _kernel("ssd_kernels", "carry")[(batch * heads, parts)](
         added, decay, added if states is None else states, alike, chunks, heads, size, CHUNK, cols,
         states is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return alike.sum(-1) if states is not None else alike
+    return alike
+
+
+def _carriers(dim: int) -> int:
+    """Programs of `carry` for one head's state."""
+    return dim * dim // min(LAUNCH["carry"][2], dim * dim)
 
 
 def _look(
@@ -320,7 +346,7 @@ def _(y: Tensor, gate: Tensor, weight: Tensor, eps: float, target: Tensor) -> tu
 def gated_norm_backward(
     y: Tensor, gate: Tensor, weight: Tensor, eps: float, gradient: Tensor, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, gate and weight.
+    """Gradients of y and gate; of the weight in parts, (parts, head_dim) float32.
 
     Args:
         y, gate, weight, eps: as above.
@@ -331,7 +357,7 @@ def gated_norm_backward(
     target = None if target is None else target.contiguous()
     batch, seq, heads, dim = y.shape
     warps, _, tokens = LAUNCH["gated_norm_backward"]
-    programs = -(-batch * seq // tokens)
+    programs = _gaters(batch * seq)
     dy, dgate = torch.empty_like(y), torch.empty_like(gate)
     sums = y.new_empty(programs, dim, dtype=torch.float32)
     _kernel("mixer_kernels", "gated_norm_backward")[(programs,)](
@@ -339,15 +365,16 @@ def gated_norm_backward(
         heads, dim, eps, _power_of_two(heads), _power_of_two(dim), tokens, target is not None,
         num_warps=warps,
     )  # fmt: skip
-    return dy, dgate, sums.sum(0).to(weight.dtype)
+    return dy, dgate, sums
 
 
 @gated_norm_backward.register_fake
 def _(
     y: Tensor, gate: Tensor, weight: Tensor, eps: float, gradient: Tensor, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, dgate, dweight = (x.new_empty(x.shape) for x in (y, gate, weight))
-    return dy, dgate, dweight
+    dy, dgate = y.new_empty(y.shape), gate.new_empty(gate.shape)
+    parts = _gaters(y.shape[0] * y.shape[1])
+    return dy, dgate, y.new_empty(parts, y.shape[3], dtype=torch.float32)
 
 
 def _keep_gate(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -357,12 +384,14 @@ def _keep_gate(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _gate_gradients(ctx: Any, gradient: Tensor) -> tuple:
     y, gate, weight = ctx.saved_tensors
-    return *gated_norm_backward(y, gate, weight, ctx.eps, gradient, None), None
+    dy, dgate, sums = gated_norm_backward(y, gate, weight, ctx.eps, gradient, None)
+    return dy, dgate, sums.sum(0).to(weight.dtype), None
 
 
 def _error_gradients(ctx: Any, gradient: Tensor, _: Any) -> tuple:
     y, gate, weight, target = ctx.saved_tensors
-    return *gated_norm_backward(y, gate, weight, ctx.eps, gradient, target), None, None
+    dy, dgate, sums = gated_norm_backward(y, gate, weight, ctx.eps, gradient, target)
+    return dy, dgate, sums.sum(0).to(weight.dtype), None, None
 
 
 gated_norm.register_autograd(_gate_gradients, setup_context=_keep_gate)
@@ -382,6 +411,11 @@ def _gate(
         y, gate, weight, *others, heads, dim, eps, _power_of_two(heads), _power_of_two(dim),
         target is not None, num_warps=LAUNCH["gated_norm"][0],
     )  # fmt: skip
+
+
+def _gaters(tokens: int) -> int:
+    """Programs of `gated_norm_backward`."""
+    return -(-tokens // LAUNCH["gated_norm_backward"][2])
 
 
 def _power_of_two(width: int) -> int:
