@@ -21,7 +21,12 @@ from mmmamba_edge.distill.distill_recipe import MatchingConfig, SecondConfig  # 
 from mmmamba_edge.distill.layer_matching import MatchedMixer  # noqa: E402
 from mmmamba_edge.distill.student import train_only  # noqa: E402
 from mmmamba_edge.model import ssd, training_ops  # noqa: E402
-from mmmamba_edge.model.mixer import G_NORM_EPS, Mamba2Mixer, causal_conv  # noqa: E402
+from mmmamba_edge.model.mixer import (  # noqa: E402
+    G_NORM_EPS,
+    Mamba2Mixer,
+    causal_conv,
+    look_up_kernels,
+)
 from tolerances import TRAINING  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -227,6 +232,7 @@ def test_a_matched_mixer_learns_the_same(mixer, config, compiled, relative, monk
     mixer.fused = True
     unit = MatchedMixer(mixer, "heads", relative)
     if compiled:
+        look_up_kernels()  # as `Engine` does: torch.compile cannot
         unit.compile(fullgraph=True)
     used = []
     kernel = training_ops._kernel

@@ -113,18 +113,20 @@ def place_of(row, step, cols, chunks, heads: tl.constexpr, SIZE: tl.constexpr, B
 
 
 @triton.jit
-def advance(
-    s, added, other, states, decay, alike, place, row, step, chunks,
-    CHUNK: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
+def fade_of(row, step, decay, chunks, CHUNK: tl.constexpr, BACK: tl.constexpr):
+    """exp(L_end) of `place_of`'s chunk."""
+    chunk = chunks - 1 - step if BACK else step
+    place = (row * chunks + chunk + 1) * CHUNK - 1
+    return tl.exp(tl.load(decay + place, mask=step < chunks, other=0.0))
+
+
+@triton.jit
+def advance(s, added, other, fade, states, alike, place, row, step, chunks, BACK: tl.constexpr):
     """One step of `carry`: s is written at `place`; returns the next s."""
     real = step < chunks
-    chunk = chunks - 1 - step if BACK else step
-    fade = tl.load(decay + (row * chunks + chunk + 1) * CHUNK - 1, mask=real, other=0.0)
-    fade = tl.exp(fade)
     tl.store(states + place, s.to(states.dtype.element_ty), mask=real)
     if BACK:
-        out = (row * chunks + chunk) * tl.num_programs(1) + tl.program_id(1)
+        out = (row * chunks + chunks - 1 - step) * tl.num_programs(1) + tl.program_id(1)
         tl.store(alike + out, fade * tl.sum(s * other, 0), mask=real)
     return fade * s + added
 
@@ -149,7 +151,8 @@ def carry(
     row, cols = tl.program_id(0), tl.program_id(1) * COLS + tl.arange(0, COLS)
     s = tl.zeros((COLS,), tl.float32)
     for i in range(0, chunks, 4):
-        # Four chunks are asked for at once: one at a time, the loop would wait for memory.
+        # Four chunks are asked for at once, ahead of what is written: one at a time, the loop would
+        # wait for memory.
         p0 = place_of(row, i, cols, chunks, heads, SIZE, BACK)
         p1 = place_of(row, i + 1, cols, chunks, heads, SIZE, BACK)
         p2 = place_of(row, i + 2, cols, chunks, heads, SIZE, BACK)
@@ -158,16 +161,20 @@ def carry(
         a1 = tl.load(states + p1, mask=i + 1 < chunks, other=0.0).to(tl.float32)
         a2 = tl.load(states + p2, mask=i + 2 < chunks, other=0.0).to(tl.float32)
         a3 = tl.load(states + p3, mask=i + 3 < chunks, other=0.0).to(tl.float32)
+        f0 = fade_of(row, i, decay, chunks, CHUNK, BACK)
+        f1 = fade_of(row, i + 1, decay, chunks, CHUNK, BACK)
+        f2 = fade_of(row, i + 2, decay, chunks, CHUNK, BACK)
+        f3 = fade_of(row, i + 3, decay, chunks, CHUNK, BACK)
         o0, o1, o2, o3 = s, s, s, s
         if BACK:
             o0 = tl.load(others + p0).to(tl.float32)
             o1 = tl.load(others + p1, mask=i + 1 < chunks, other=0.0).to(tl.float32)
             o2 = tl.load(others + p2, mask=i + 2 < chunks, other=0.0).to(tl.float32)
             o3 = tl.load(others + p3, mask=i + 3 < chunks, other=0.0).to(tl.float32)
-        s = advance(s, a0, o0, states, decay, alike, p0, row, i, chunks, CHUNK, BACK)
-        s = advance(s, a1, o1, states, decay, alike, p1, row, i + 1, chunks, CHUNK, BACK)
-        s = advance(s, a2, o2, states, decay, alike, p2, row, i + 2, chunks, CHUNK, BACK)
-        s = advance(s, a3, o3, states, decay, alike, p3, row, i + 3, chunks, CHUNK, BACK)
+        s = advance(s, a0, o0, f0, states, alike, p0, row, i, chunks, BACK)
+        s = advance(s, a1, o1, f1, states, alike, p1, row, i + 1, chunks, BACK)
+        s = advance(s, a2, o2, f2, states, alike, p2, row, i + 2, chunks, BACK)
+        s = advance(s, a3, o3, f3, states, alike, p3, row, i + 3, chunks, BACK)
 
 
 @triton.jit

@@ -17,9 +17,9 @@ from mmmamba_edge.config import CONV_KERNEL
 CHUNK = 128  # positions; half as many would pass twice as many states through memory
 # By kernel: warps of a program, stages of its loop, and rows or columns of its tile.
 LAUNCH = {
-    "conv_silu": (4, 1, 32), "conv_silu_backward": (4, 1, 16),
-    "gated_norm": (4, 1, 1), "gated_norm_backward": (4, 1, 8),
-    "chunk_states": (4, 1, 64), "carry": (4, 1, 512),
+    "conv_silu": (4, 1, 32), "conv_silu_backward": (4, 1, 32),
+    "gated_norm": (4, 1, 1), "gated_norm_backward": (8, 1, 8),
+    "chunk_states": (4, 2, 128), "carry": (4, 1, 1024),
     "look_back": (4, 1, 64), "look_ahead": (4, 1, 64),
 }  # fmt: skip
 CONV_TIMES = 8  # tiles of `conv_silu_backward` that are summed before memory sees them
