@@ -233,6 +233,7 @@ def test_a_matched_mixer_learns_the_same(mixer, config, compiled, relative, monk
     unit = MatchedMixer(mixer, "heads", relative)
     if compiled:
         look_up_kernels()  # as `Engine` does: torch.compile cannot
+        training_ops.part_compile_caches()
         unit.compile(fullgraph=True)
     used = []
     kernel = training_ops._kernel
@@ -242,6 +243,15 @@ def test_a_matched_mixer_learns_the_same(mixer, config, compiled, relative, monk
     got = learnt(mixer, loss)
     assert {"conv_silu_backward", "look_back", "look_ahead", "gated_norm_backward"} <= set(used)
     assert_learns_the_same(got, want)
+
+
+def test_compile_caches_are_parted_once(monkeypatch):
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "a user's")
+    training_ops.part_compile_caches()
+    tag = torch.compiler.config.cache_key_tag
+    training_ops.part_compile_caches()
+    assert torch.compiler.config.cache_key_tag == tag
+    assert tag.startswith("a user's") and tag != "a user's"
 
 
 @pytest.mark.parametrize("frugal", [False, True])

@@ -244,4 +244,5 @@ def look_up_kernels() -> None:
     """Find the CUDA kernels that are installed, before torch.compile traces code that asks."""
     ssd.mamba_kernel()
     conv_kernel()
-    training_ops.has_triton()
+    if training_ops.has_triton():
+        training_ops.part_compile_caches()

@@ -5,8 +5,10 @@ of their own pass through torch.compile whole; small sums that follow them are l
 are once differentiable.
 """
 
+import hashlib
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,17 @@ def has_triton() -> bool:
             and torch.cuda.get_device_capability() >= (8, 0)
         )
     return _FOUND["triton"]
+
+
+def part_compile_caches() -> None:
+    """Compiled graphs that are kept on disk serve only the text of this file they were made with.
+
+    torch.compile's key has an operator's name, not its gradient's formula or shapes.
+    """
+    config = torch.compiler.config
+    text = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    if text not in config.cache_key_tag:
+        config.cache_key_tag += text
 
 
 def serves(x: Tensor) -> bool:
