@@ -19,12 +19,12 @@ from mmmamba_edge.config import CONV_KERNEL
 CHUNK = 128  # positions; half as many would pass twice as many states through memory
 # By kernel: warps of a program, stages of its loop, and rows or columns of its tile.
 LAUNCH = {
-    "conv_silu": (4, 1, 32), "conv_silu_backward": (4, 1, 32),
+    "conv_silu": (4, 1, 32), "conv_silu_backward": (4, 1, 16),
     "gated_norm": (4, 1, 1), "gated_norm_backward": (8, 1, 8),
-    "chunk_states": (4, 2, 128), "carry": (4, 1, 1024),
+    "chunk_states": (4, 1, 128), "carry": (1, 1, 256), "carry_back": (4, 1, 1024),
     "look_back": (4, 1, 64), "look_ahead": (4, 1, 64),
 }  # fmt: skip
-CONV_TIMES = 8  # tiles of `conv_silu_backward` that are summed before memory sees them
+CONV_TIMES = 16  # tiles of `conv_silu_backward` that are summed before memory sees them
 HEAD_DIMS = (16, 32, 64, 128)  # of the SSD's kernels
 
 _FOUND: dict[str, bool] = {}
@@ -276,19 +276,21 @@ def _carry(added: Tensor, decay: Tensor, states: Tensor | None = None) -> Tensor
     times its decay, in parts: (batch, heads, chunks, parts).
     """
     (batch, heads, padded), size = decay.shape, added.shape[2] * added.shape[3]
-    chunks, (warps, stages, cols) = padded // CHUNK, LAUNCH["carry"]
-    cols, parts = min(cols, size), _carriers(added.shape[2])
+    chunks, back = padded // CHUNK, states is not None
+    warps, stages, cols = LAUNCH["carry_back" if back else "carry"]
+    cols = min(cols, size)
+    parts = size // cols
     alike = decay.new_empty(batch, heads, chunks, parts)
     _kernel("ssd_kernels", "carry")[(batch * heads, parts)](
         added, decay, added if states is None else states, alike, chunks, heads, size, CHUNK, cols,
-        states is not None, num_warps=warps, num_stages=stages,
+        back, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return alike
 
 
 def _carriers(dim: int) -> int:
-    """Programs of `carry` for one head's state."""
-    return dim * dim // min(LAUNCH["carry"][2], dim * dim)
+    """Programs of `carry` for the gradient of one head's state."""
+    return dim * dim // min(LAUNCH["carry_back"][2], dim * dim)
 
 
 def _look(
