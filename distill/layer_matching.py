@@ -73,13 +73,16 @@ class MatchedMixer(nn.Module):
         """
         if self.match == "output":
             return matching_error(self.mixer(u, lengths), target, weights, relative=self.relative)
-        y, gate = self.mixer.ungated(u, lengths)
+        error, power = self.mixer(
+            u, lengths, ending=lambda y, gate: self._token_errors(y, gate, target)
+        )
+        return weighted_error(error, power, weights, relative=self.relative)
+
+    def _token_errors(self, y: Tensor, gate: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixer.fuses(y):
             norm = self.mixer.g_norm
-            error, power = training_ops.gated_norm_error(y, gate, norm.weight, norm.eps, target)
-        else:
-            error, power = token_errors(self.mixer.gated(y, gate), target)
-        return weighted_error(error, power, weights, relative=self.relative)
+            return training_ops.gated_norm_error(y, gate, norm.weight, norm.eps, target)
+        return token_errors(self.mixer.gated(y, gate), target)
 
 
 class LayerMatching:

@@ -78,8 +78,8 @@ class Mamba2Mixer(Frugal):
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, state: MixerState | None = None,
-        *, heads_only: bool = False,
-    ) -> Tensor:  # fmt: skip
+        *, heads_only: bool = False, ending: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:  # fmt: skip
         """Mix along the sequence; a given state is read and then updated.
 
         Args:
@@ -88,10 +88,15 @@ class Mamba2Mixer(Frugal):
                 the state.
             state: where to go on from; None: from zeros, and nothing is kept.
             heads_only: leave the output projection out.
+            ending: what to do in place of norm, gate and output projection with `ungated`'s
+                results, while a sharded mixer's weights are whole; only without a state.
 
         Returns:
-            (batch, seq, hidden).
+            (batch, seq, hidden), or what `ending` does.
         """
+        if ending is not None:
+            assert state is None
+            return ending(*self.ungated(x, lengths))
         y = self.heads(x, lengths, state).flatten(2)
         return y if heads_only else self.o_proj(y)
 
