@@ -21,6 +21,9 @@ def graphed(backward: Callable[..., Tensor], example: dict[str, Tensor]) -> Call
     fast. What `backward` leaves in `.grad` stays in place and is overwritten by every replay: do
     not set gradients to None in between.
 
+    A graph knows addresses and keeps no tensor alive: `backward` is kept with it, and whatever else
+    it reads must live as long.
+
     Args:
         backward: batch -> loss. It must drop old gradients itself or add to them in place, do the
             same work on every call, and never wait for the device.
@@ -47,6 +50,7 @@ def graphed(backward: Callable[..., Tensor], example: dict[str, Tensor]) -> Call
         graph.replay()
         return loss
 
+    replay.reads = backward  # pyright: ignore[reportFunctionMemberAccess]
     return replay
 
 
@@ -74,18 +78,20 @@ class RecordedStage:
         if self._shape is None:
             self._shape = batch.ids.shape
             self._replay = self._record(batch, factor)
-        return self._replay(ids=batch.ids, factor=factor).clone()
+        return self._replay(ids=batch.ids, weights=batch.weights, factor=factor).clone()
 
     def _record(self, batch: Batch, factor: Tensor) -> Callable[..., Tensor]:
         for p in self._parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         before = [p.grad.clone() for p in self._parameters if p.grad is not None]
 
-        def backward(ids: Tensor, factor: Tensor) -> Tensor:
-            # All positions of a dense batch are real and weigh 1: only the ids are new.
-            return self._backward(replace(batch, ids=ids), factor)
+        self._recorded = batch  # a recording reads its tensors where they are
 
-        replay = graphed(backward, {"ids": batch.ids, "factor": factor})
+        def backward(ids: Tensor, weights: Tensor, factor: Tensor) -> Tensor:
+            return self._backward(replace(batch, ids=ids, weights=weights), factor)
+
+        inputs = {"ids": batch.ids, "weights": batch.weights, "factor": factor}
+        replay = graphed(backward, inputs)
         for p, gradient in zip(self._parameters, before, strict=True):
             assert p.grad is not None
             p.grad.copy_(gradient)  # without what the warm-up added

@@ -144,7 +144,7 @@ class EngineConfig:
             the processes.
         compile: torch.compile the mixers and what of the models lies around them.
         cuda_graph: record the gradients of text micro-batches once and replay them: one launch
-            where there were thousands. One process, on CUDA; stages 1 and 2 alone.
+            where there were thousands. One process, on CUDA; not for stage 3 with `topk`.
     """
 
     bf16: bool = True

@@ -150,9 +150,13 @@ class LayerMatching:
         return [error * len(self.units) / SCALE for error in self._errors]
 
     def close(self) -> None:
-        """Take the hooks off the teacher."""
+        """Give the teacher back as it was: without hooks, nothing of it compiled apart."""
         for hook in self._hooks:
             hook.remove()
+        for layer in self.teacher.layers:
+            layer.__dict__.pop("fed", None)
+            assert isinstance(layer.attention, Attention)
+            layer.attention.rotary.__dict__.pop("tables", None)
 
     def _run(self, batch: Batch, factor: Tensor | float, *, learning: bool) -> Tensor:
         self._weights, self._factor, self._learning = batch.weights, factor, learning

@@ -96,7 +96,8 @@ def run(
         tokenizer: file to put beside the weights.
         val: folder of scenes to score at each save.
         minutes: end by then, counted from now.
-        init: checkpoint to begin with, of this very `config`; None: random weights.
+        init: checkpoint to begin with, of this very `config`; None: random weights. A run that is
+            resumed goes on from its own.
 
     Returns:
         The folder of the finished checkpoint, `out/checkpoint` (training layout, bfloat16).
@@ -110,7 +111,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(train.seed)
     model = from_scratch(config)
-    if init is not None:
+    if init is not None and not (out / "progress.safetensors").is_file():
         load_weights(model, init)
     objective = Objective(model, train).to(device)
     heads = objective.heads.parameters()

@@ -229,6 +229,11 @@ def _recordable(recipe: Recipe, engine: Engine) -> None:
             "[engine] cuda_graph: one process on a CUDA device can record its steps; here are "
             f"{engine.world} on {engine.device.type}. Leave it out"
         )
+    if 3 in recipe.stages and recipe.stage3.topk:
+        raise UserError(
+            "[engine] cuda_graph: the teacher's answers of [stage3] topk come from the disk, which "
+            "no graph reads; set one of the two"
+        )
 
 
 def _held_out(recipe: Recipe) -> None:

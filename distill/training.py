@@ -18,7 +18,6 @@ from mmmamba_edge.distill.batches import Batch, Share, Source, StepBatches
 from mmmamba_edge.distill.cuda_graph import RecordedStage
 from mmmamba_edge.distill.distill_recipe import EngineConfig, StageConfig
 from mmmamba_edge.distill.engine import Engine
-from mmmamba_edge.distill.logit_matching import LogitMatching
 from mmmamba_edge.distill.metrics import Metrics
 from mmmamba_edge.distill.progress import load_progress, save_progress
 from mmmamba_edge.distill.schedule import wsd
@@ -70,8 +69,7 @@ def train(
     metrics = Metrics(out, title, engine, config.steps, progress.step)
     validate = Validation(stage, validation, engine, share)
     saved = progress.step
-    # Stage 3 does not wait for launches, and a recorded run of it failed (docs/distillation.md).
-    if kind.cuda_graph and not isinstance(stage, LogitMatching):
+    if kind.cuda_graph:
         stage = RecordedStage(stage)
     try:
         if progress.step == 0:

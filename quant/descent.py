@@ -13,6 +13,7 @@ from mmmamba_edge.quant.codes import MIN_SCALE
 from mmmamba_edge.quant.rounding import as_scale, rounded
 
 BLOCK = 128  # columns whose changes are gathered before they reach the others
+ROWS = 512  # whose systems, of groups x groups numbers each, are solved at a time
 
 
 def descend(
@@ -24,7 +25,7 @@ def descend(
         target: (rows, columns) float32, W.
         codes: (rows, columns) floats, whole numbers.
         scale: (rows, groups).
-        hessian: (columns, columns), H, damped as GPTQ's.
+        hessian: (columns, columns), H, damped.
         bits: 8 or 4.
         passes: over scales and columns.
 
@@ -71,6 +72,11 @@ def fitted_scales(seen: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -
     """The scales (rows, groups) with the least error for these codes; the old ones of rows that
     would get one that no scale may be. `seen` is W H.
     """
+    parts = zip(seen.split(ROWS), codes.split(ROWS), scale.split(ROWS), strict=True)
+    return torch.cat([_fitted(s, c, old, hessian) for s, c, old in parts])
+
+
+def _fitted(seen: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
     rows, columns = codes.shape
     groups = scale.shape[1]
     blocks = codes.view(rows, groups, -1)

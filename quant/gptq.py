@@ -94,8 +94,9 @@ def quantize_gptq(
         lost = block - here * step.repeat_interleave(group, dim=1)
         lost = torch.linalg.solve_triangular(own.T, lost, upper=False)
         work[part.stop :].addmm_(across[part, part.stop :].T, lost, alpha=-1)
+    outputs = _damped(outputs, ROW_DAMPING)
     for _ in range(passes):
-        _rows_again(weight, codes, scale, damped, _damped(outputs, ROW_DAMPING), first, bits)
+        _rows_again(weight, codes, scale, damped, outputs, first, bits)
     return to_codes(codes, scale, bits)
 
 

@@ -72,7 +72,7 @@ def measure_sensitivity(
         report("reading with layer", index, total)
         if index == half and config.normalize_encoder_output:
             between, x = x, [normalised(one) for one in x]
-        inputs.append([one.bfloat16() for one in x])
+        inputs.append([one.bfloat16().cpu() for one in x])  # of all layers: too much for a device
         layer = load_layer(weights, index, kind).to(device)
         with torch.inference_mode(), quick(device):
             x = [layer(one, None) for one in x]
@@ -158,7 +158,7 @@ def _backward(
     for name in names:
         module = layer.get_submodule(name.removesuffix(".weight"))
         rows = module.out_features
-        outputs[name] = torch.zeros(rows, rows, device=inputs[0].device)  # pyright: ignore
+        outputs[name] = torch.zeros(rows, rows, device=grads[0].device)  # pyright: ignore
 
         def keep(_module: nn.Module, _inputs: object, out: Tensor, name: str = name) -> None:
             said[name] = out
@@ -167,7 +167,7 @@ def _backward(
     tokens = {site.name: [] for site in here}
     layer.requires_grad_(False)
     for i, (x, grad) in enumerate(zip(inputs, grads, strict=True)):
-        x = x.float().requires_grad_()
+        x = x.to(grad.device).float().requires_grad_()
         with quick(x.device):
             y = layer(x, None)
         grads[i], *found = torch.autograd.grad(y, [x, *(said[name] for name in names)], grad)

@@ -1,5 +1,8 @@
 """A stage's gradients from a CUDA graph are those that it computes itself."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -72,6 +75,54 @@ def test_recorded_gradients_are_the_stages_own(number, device, monkeypatch):
     got = accumulated(RecordedStage(stage_of(number, device)), batches)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert any(float(gradient.abs().max()) > 1e-4 for gradient in want[1])
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_what_a_recording_reads_stays(number, monkeypatch):
+    """A graph knows addresses alone: what it read of the first batch, a temporary, must not be
+    freed and become something else, the optimiser's counters for one.
+    """
+
+    def by_address(backward, example):
+        inputs = {name: tensor.clone() for name, tensor in example.items()}
+        kept.append(list(inputs.values()))
+        loss = backward(**inputs)
+        return lambda **_batch: loss  # as a graph: it holds nothing of what `backward` read
+
+    kept, read = [], []
+    monkeypatch.setattr(cuda_graph, "graphed", by_address)
+    stage = stage_of(number, "cpu")
+    plain = stage.backward
+
+    def seen(batch, factor):
+        read.extend(weakref.ref(tensor) for tensor in (batch.ids, batch.weights, batch.lengths))
+        return plain(batch, factor)
+
+    monkeypatch.setattr(stage, "backward", seen)
+    recorded = RecordedStage(stage)
+    recorded.backward(dense(70, "cpu", seed=1), 1.0)
+    stage.loss(dense(70, "cpu", seed=2))  # validation: stage 1 forgets the batch that it had
+    gc.collect()
+    assert read and all(tensor() is not None for tensor in read)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_replay_reads_nothing_that_was_freed(number):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    want = stage_of(number, "cuda")
+    stage = stage_of(number, "cuda")
+    recorded = RecordedStage(stage)
+    others = []
+    for seed in range(3):
+        recorded.backward(dense(70, "cuda", seed=seed), 0.5)
+        stage.loss(dense(70, "cuda", seed=9))
+        others.append([torch.full((2, 70), 7.0, device="cuda") for _ in range(64)])  # over the old
+        want.backward(dense(70, "cuda", seed=seed), 0.5)
+    got = [p.grad for p in trained(stage.mixers).values()]
+    plain = [p.grad for p in trained(want.mixers).values()]
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_a_recipe_that_cannot_be_recorded_is_refused(tmp_path, capsys):

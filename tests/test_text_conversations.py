@@ -1,5 +1,6 @@
 """Conversations that a teacher makes up: who is asked what, batched answers, the files."""
 
+import hashlib
 import itertools
 import json
 import lzma
@@ -38,7 +39,8 @@ def corpus(tmp_path):
     )
     with lzma.open(tmp_path / "documents" / "wordnet.jsonl.xz", "wt") as lines:
         lines.write(json.dumps({"text": text}) + "\n")
-    facts = {"vocab_size": 1024, "separator": 1, "sources": {}}
+    spelt = hashlib.sha256((CHECKPOINT / "tokenizer.json").read_bytes()).hexdigest()
+    facts = {"vocab_size": 1024, "separator": 1, "sources": {}, "tokenizer_sha256": spelt}
     (tmp_path / "tokens" / "tokens.json").write_text(json.dumps(facts))
     return tmp_path
 
@@ -108,6 +110,7 @@ def test_they_are_a_source_like_any_other(corpus, monkeypatch, capsys):
     assert main([*line, "--most", "40"]) == 0
     counts = json.loads(capsys.readouterr().out)["conversations"]
     assert len(made) == 6  # four batches to train on, one for each held-out split; none twice
+    assert [len(rows) <= 3 for rows in made] == [True] * 6
     record = json.loads((corpus / "tokens/tokens.json").read_text())
     assert record["sources"] == {"conversations": counts}
     for split in SPLITS:
@@ -122,6 +125,23 @@ def test_they_are_a_source_like_any_other(corpus, monkeypatch, capsys):
 def test_numbers_that_cannot_be_are_named(teacher, corpus, more, capsys):
     assert main(["--teacher", str(teacher), "--corpus", str(corpus), *more]) == 2
     assert more[0] in capsys.readouterr().err
+
+
+def test_batches_of_another_run_are_not_taken(corpus):
+    folder = module._working(corpus / "x", {"seed": 0})
+    (folder / "train-00000.npy").write_bytes(b"")
+    assert (module._working(folder, {"seed": 0}) / "train-00000.npy").is_file()
+    assert not (module._working(folder, {"seed": 1}) / "train-00000.npy").exists()
+
+
+def test_another_tokenizer_and_answers_without_end_are_named(corpus, capsys):
+    line = ["--teacher", str(CHECKPOINT), "--corpus", str(corpus), "--count", "3", "--most", "1"]
+    assert main(line) == 2
+    assert "ended within 1 tokens; raise --most" in capsys.readouterr().err
+    note = corpus / "tokens/tokens.json"
+    note.write_text(note.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "0'))
+    assert main(line) == 2
+    assert "packed with another tokenizer than" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_corpus_is_named(teacher, tmp_path):

@@ -5,19 +5,22 @@
 
 Packages hold hardly any conversations, and a student that reads none forgets how to answer. So the
 teacher is asked about the words of WordNet, in the form of its chat template, and what it says is
-kept: its own answers are what it would teach anyway. A word's hash says which split asks about it.
-Answers that do not end are left out. Finished batches are on disk: a killed run goes on.
+kept: its own answers are what it would teach anyway. A word's hash says which split asks about it;
+questions about no word are everyone's. Answers that do not end are left out. Finished batches are
+on disk: a killed run goes on.
 """
 
 import argparse
+import hashlib
 import json
 import lzma
 import random
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from mmmamba_edge.distill.text.corpus import SPLITS, split_of
 from mmmamba_edge.errors import UserError
-from mmmamba_edge.model.checkpoints import load_model
+from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.prompt import Prompt, get_template
 from mmmamba_edge.status import StatusLine
@@ -182,7 +185,7 @@ def conversations(
 
 
 def make(
-    teacher: Path, corpus: Path, count: int, batch: int = 1024, device: str = "cpu",
+    teacher: Path, corpus: Path, count: int, batch: int = 256, device: str = "cpu",
     how: Saying | None = None, seed: int = 0,
 ) -> dict[str, int]:  # fmt: skip
     """Write the source; returns its tokens by split.
@@ -197,32 +200,38 @@ def make(
         seed: of questions and answers.
     """
     how = how or Saying()
+    record, words = _packed_by(corpus, teacher), words_of(corpus)
     note = corpus / "tokens" / "tokens.json"
-    if not note.is_file():
-        raise UserError(f"{note}: not found; pack the corpus first (text.corpus --tokenizer)")
-    record, tokenizer = json.loads(note.read_text()), load_tokenizer(teacher)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    words, model = words_of(corpus), load_model(teacher, device, dtype)
-    working, counts = corpus / "tokens" / f"{NAME}.working", {}
-    working.mkdir(exist_ok=True)
-    status, total = StatusLine(), sum(_batches(count, split, batch) for split in SPLITS)
-    done = 0
-    for at, split in enumerate(SPLITS):
+    for split in SPLITS:
         if not words[split]:
             raise UserError(f"{corpus}: WordNet's documents have no words for {split}")
-        ask, parts = questions(words[split], seed * len(SPLITS) + at), []
-        for number in range(_batches(count, split, batch)):
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tokenizer, model = load_tokenizer(teacher), load_model(teacher, device, dtype)
+    facts = {"teacher": open_checkpoint(teacher).weights_id(), "batch": batch, "seed": seed}
+    working = _working(note.parent / f"{NAME}.working", {**facts, "count": count, **asdict(how)})
+    status, counts = StatusLine(), {}
+    sizes = {split: _batches(max(1, round(count * SHARES[split])), batch) for split in SPLITS}
+    done, total = 0, sum(map(len, sizes.values()))
+    for split in SPLITS:
+        draw = random.Random(f"{seed} {split}")
+        ask, parts = questions(words[split], draw.getrandbits(63)), []
+        for number, size in enumerate(sizes[split]):
             status("conversations, batch", done, total)
-            asked = [next(ask) for _ in range(batch)]
+            asked, drawn = [next(ask) for _ in range(size)], draw.getrandbits(62)
             path = working / f"{split}-{number:05}.npy"
             if not path.is_file():
-                found = conversations(model, tokenizer, asked, how, seed + 2 * done)
-                row = [id for ids in found for id in (*ids, record["separator"])]
+                found = conversations(model, tokenizer, asked, how, drawn)
+                row = [token for ids in found for token in (*ids, record["separator"])]
                 with new_file(path) as part, part.open("wb") as file:
                     np.save(file, np.array(row, np.uint16))
             parts.append(np.load(path, allow_pickle=False))
             done += 1
         packed = np.concatenate(parts)
+        if not len(packed):
+            raise UserError(
+                f"no answer to {split}'s {sum(sizes[split])} questions ended within {how.most} "
+                "tokens; raise --most or --count"
+            )
         with new_file(note.parent / split / f"{NAME}.npy") as part, part.open("wb") as file:
             np.save(file, packed)
         counts[split] = len(packed)
@@ -234,8 +243,32 @@ def make(
     return counts
 
 
-def _batches(count: int, split: str, batch: int) -> int:
-    return max(1, round(count * SHARES[split] / batch))
+def _packed_by(corpus: Path, teacher: Path) -> dict[str, Any]:
+    """What tokens.json says; it must be of the teacher's tokenizer."""
+    note = corpus / "tokens" / "tokens.json"
+    if not note.is_file():
+        raise UserError(f"{note}: not found; pack the corpus first (text.corpus --tokenizer)")
+    record = json.loads(note.read_text())
+    file = teacher / "tokenizer.json"
+    own = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "none"
+    if record["tokenizer_sha256"] != own:
+        raise UserError(f"{note}: packed with another tokenizer than {file}; pack again with that")
+    return record
+
+
+def _working(folder: Path, facts: dict[str, Any]) -> Path:
+    """The folder of finished batches; emptied if they are of another run."""
+    note, said = folder / "run.json", json.dumps(facts)
+    if note.is_file() and note.read_text() != said:
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    with new_file(note) as part:
+        part.write_text(said)
+    return folder
+
+
+def _batches(count: int, batch: int) -> list[int]:
+    return [min(batch, count - start) for start in range(0, count, batch)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -249,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of text.corpus")
     parser.add_argument("--count", type=int, default=32_768, help="conversations (32,768)")
-    parser.add_argument("--batch", type=int, default=1024, help="asked at once (1,024)")
+    parser.add_argument("--batch", type=int, default=256, help="asked at once (256)")
     parser.add_argument("--most", type=int, default=Saying.most, help="tokens of an answer (192)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0)
