@@ -110,7 +110,7 @@ std::string harmless(const std::string& text) {
 }
 
 std::string stripped(const std::string& text) {
-    const char* const spaces = " \t\r\n\f\v";
+    const char* const spaces = " \t\r\n\f\v\x1c\x1d\x1e\x1f";  // of ASCII, Python's
     const size_t first = text.find_first_not_of(spaces);
     return first == text.npos ? "" : text.substr(first, text.find_last_not_of(spaces) - first + 1);
 }

@@ -18,7 +18,9 @@ double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-bool blank(const std::string& text) { return text.find_first_not_of(" \t\r\n\f\v") == text.npos; }
+bool blank(const std::string& text) {  // of ASCII, what Python's strip() leaves nothing of
+    return text.find_first_not_of(" \t\r\n\f\v\x1c\x1d\x1e\x1f") == text.npos;
+}
 
 }  // namespace
 
