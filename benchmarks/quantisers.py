@@ -76,9 +76,8 @@ def main() -> int:
 def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All sides read the same sequences; nothing is kept but a number a position."""
     reference = torch_logits(args.checkpoint, args.device)
-    sides = [_ours(folder, args.device) for folder in args.ours] + [
-        _bundle(folder) for folder in args.bundle
-    ]
+    sides = [_ours(folder, args.device) for folder in args.ours]
+    sides += [_bundle(folder) for folder in args.bundle]
     if args.peer_python:
         sides += list(peers(args.checkpoint, args.peer_python, args.types.split(","), work))
     nll, read, total = 0.0, 0, args.tokens

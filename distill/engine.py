@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmmamba_edge.distill.batches import Share
 from mmmamba_edge.errors import UserError
+from mmmamba_edge.model.device import require_device
 from mmmamba_edge.model.mixer import Mamba2Mixer, look_up_kernels
 
 
@@ -37,8 +38,7 @@ class Engine:
     def __init__(
         self, device: str | None = None, *, bf16: bool = False, shard: bool = False
     ) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: no CUDA device here; use --device cpu")
+        require_device(device)
         # Precision is ours (autocast below): accelerate's would be fixed for the whole process.
         self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.bf16 = bf16

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written."""
 
+import json
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mmmamba_edge.errors import UserError
 
@@ -143,3 +145,19 @@ def _put_in_place(part: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def working_folder(folder: Path, facts: dict[str, Any]) -> Path:
+    """A folder for the finished parts of a long run; emptied if they are of another run.
+
+    Args:
+        folder: made if missing.
+        facts: as JSON, what tells runs apart.
+    """
+    note, said = folder / "run.json", json.dumps(facts)
+    if note.is_file() and note.read_text(encoding="utf-8") != said:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with new_file(note) as part:
+        part.write_text(said, encoding="utf-8")
+    return folder

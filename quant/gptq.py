@@ -157,10 +157,8 @@ def _by_columns(
 
 def _upper_of_inverse(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse; damped more until there is one."""
-    mean = float(hessian.diagonal().mean()) or 1.0
-    eye = torch.eye(len(hessian), device=hessian.device)
     while True:
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * mean * eye)
+        lower, failed = torch.linalg.cholesky_ex(_damped(hessian, damping))
         if not failed:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)

@@ -78,9 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The verb."""
-    import torch
-
     from mmmamba_edge.model.checkpoints import open_checkpoint
+    from mmmamba_edge.model.device import require_device
     from mmmamba_edge.quant.quantize_data import calibrate_on
     from mmmamba_edge.quant.quantize_layers import quantize_checkpoint
     from mmmamba_edge.quant.quantize_units import measure_units, promoted
@@ -91,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(args.scheme, args.group_size, args.algorithm, folds=not args.no_folds)
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: expected a number above 0")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    require_device(args.device)
     refuse_taken(args.out)
     source = open_checkpoint(args.checkpoint)
     if isinstance(source, QuantizedCheckpoint):

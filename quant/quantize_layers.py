@@ -49,7 +49,7 @@ from mmmamba_edge.quant.stored import (
 )
 from mmmamba_edge.status import Report, silent
 from mmmamba_edge.tokenizer import tokenizer_files
-from mmmamba_edge.whole import new_file, new_folder
+from mmmamba_edge.whole import new_file, new_folder, working_folder
 
 
 @dataclass
@@ -283,18 +283,11 @@ def _open_working(
     source: Checkpoint, out: Path, plan: Plan, calibration: Calibration, device: str = "cpu"
 ) -> Path:
     """The folder of finished layers; emptied if they are of another run."""
-    working = _working(out)
     facts = {
         "of": source.weights_id(), "plan": plan.facts(), "calibration": calibration.sha256,
         "device": torch.device(device).type,
     }  # fmt: skip
-    note = working / "run.json"
-    if note.is_file() and note.read_text(encoding="utf-8") != json.dumps(facts):
-        shutil.rmtree(working)
-    working.mkdir(parents=True, exist_ok=True)
-    with new_file(note) as part:
-        part.write_text(json.dumps(facts), encoding="utf-8")
-    return working
+    return working_folder(_working(out), facts)
 
 
 def _save_part(part: Part, path: Path) -> None:

@@ -91,13 +91,7 @@ class Killed(BaseException):
     """Stands for kill -9: nothing runs after it."""
 
 
-def test_it_learns_and_resumes_bit_for_bit(run, monkeypatch):
-    whole = run("whole")
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [6, 12]
-    assert rows[1]["loss"] < 0.7 * rows[0]["loss"]
-    assert open_checkpoint(whole / "checkpoint").config.variant == "hybrid"
-
+def killed_at_its_first_save(monkeypatch, run, *args):
     def save_then_die(*args):
         save_progress(*args)
         raise Killed
@@ -105,7 +99,17 @@ def test_it_learns_and_resumes_bit_for_bit(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "save_progress", save_then_die)
         with pytest.raises(Killed):
-            run("killed")
+            run(*args)
+
+
+def test_it_learns_and_resumes_bit_for_bit(run, monkeypatch):
+    whole = run("whole")
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [6, 12]
+    assert rows[1]["loss"] < 0.7 * rows[0]["loss"]
+    assert open_checkpoint(whole / "checkpoint").config.variant == "hybrid"
+
+    killed_at_its_first_save(monkeypatch, run, "killed")
     killed = whole.parent / "killed"
     assert not (killed / "checkpoint").exists()
     run("killed")
@@ -132,14 +136,9 @@ def test_a_run_begins_with_a_checkpoint(run, tmp_path, monkeypatch):
     before, after = ([json.loads(row) for row in file.read_text().splitlines()] for file in files)
     assert [row["step"] for row in after] == [6, 12] and after[0]["loss"] < 0.7 * before[0]["loss"]
 
-    def save_then_die(*args):
-        save_progress(*args)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_progress", save_then_die)
-        with pytest.raises(Killed):
-            run("killed", "--init", str(tmp_path / "first/checkpoint"))
+    killed_at_its_first_save(
+        monkeypatch, run, "killed", "--init", str(tmp_path / "first/checkpoint")
+    )
     run("killed", "--init", str(tmp_path / "first/checkpoint"))
     runs = ("second", "killed")
     ours, theirs = (load_file(tmp_path / out / "progress.safetensors") for out in runs)

@@ -17,6 +17,7 @@ from mmmamba_edge.distill.text.corpus import SPLITS
 from mmmamba_edge.distill.text_source import open_tokens
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import load_model
+from mmmamba_edge.whole import working_folder
 
 CHECKPOINT = Path(__file__).parents[1] / "distill/checkpoints/default"  # it can talk
 TERMS = [f"z{a}{b}{c}" for a, b, c in itertools.product("bcdfgklmnprst", "aeiou", "bdgklmnprst")]
@@ -128,10 +129,10 @@ def test_numbers_that_cannot_be_are_named(teacher, corpus, more, capsys):
 
 
 def test_batches_of_another_run_are_not_taken(corpus):
-    folder = module._working(corpus / "x", {"seed": 0})
+    folder = working_folder(corpus / "x", {"seed": 0})
     (folder / "train-00000.npy").write_bytes(b"")
-    assert (module._working(folder, {"seed": 0}) / "train-00000.npy").is_file()
-    assert not (module._working(folder, {"seed": 1}) / "train-00000.npy").exists()
+    assert (working_folder(folder, {"seed": 0}) / "train-00000.npy").is_file()
+    assert not (working_folder(folder, {"seed": 1}) / "train-00000.npy").exists()
 
 
 def test_another_tokenizer_and_answers_without_end_are_named(corpus, capsys):

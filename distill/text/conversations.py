@@ -30,10 +30,11 @@ from mmmamba_edge.distill.text.corpus import SPLITS, split_of
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
+from mmmamba_edge.model.device import require_device
 from mmmamba_edge.prompt import Prompt, get_template
 from mmmamba_edge.status import StatusLine
 from mmmamba_edge.tokenizer import Tokenizer, load_tokenizer
-from mmmamba_edge.whole import new_file
+from mmmamba_edge.whole import new_file, working_folder
 
 NAME = "conversations"
 SHARES = {"train": 0.94, "validation": 0.02, "test": 0.04}  # of all conversations
@@ -208,7 +209,9 @@ def make(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tokenizer, model = load_tokenizer(teacher), load_model(teacher, device, dtype)
     facts = {"teacher": open_checkpoint(teacher).weights_id(), "batch": batch, "seed": seed}
-    working = _working(note.parent / f"{NAME}.working", {**facts, "count": count, **asdict(how)})
+    working = working_folder(
+        note.parent / f"{NAME}.working", {**facts, "count": count, **asdict(how)}
+    )
     status, counts = StatusLine(), {}
     sizes = {split: _batches(max(1, round(count * SHARES[split])), batch) for split in SPLITS}
     done, total = 0, sum(map(len, sizes.values()))
@@ -256,17 +259,6 @@ def _packed_by(corpus: Path, teacher: Path) -> dict[str, Any]:
     return record
 
 
-def _working(folder: Path, facts: dict[str, Any]) -> Path:
-    """The folder of finished batches; emptied if they are of another run."""
-    note, said = folder / "run.json", json.dumps(facts)
-    if note.is_file() and note.read_text() != said:
-        shutil.rmtree(folder)
-    folder.mkdir(exist_ok=True)
-    with new_file(note) as part:
-        part.write_text(said)
-    return folder
-
-
 def _batches(count: int, batch: int) -> list[int]:
     return [min(batch, count - start) for start in range(0, count, batch)]
 
@@ -288,8 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: no CUDA device here; use --device cpu")
+        require_device(args.device)
         for flag in ("count", "batch", "most"):
             if getattr(args, flag) < 1:
                 raise UserError(f"--{flag} {getattr(args, flag)}: expected a number above 0")

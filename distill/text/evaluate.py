@@ -24,6 +24,7 @@ from mmmamba_edge.distill.text_source import PackedTokens, open_tokens
 from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
+from mmmamba_edge.model.device import require_device
 from mmmamba_edge.prompt import Text, get_template
 from mmmamba_edge.status import StatusLine
 from mmmamba_edge.tokenizer import Tokenizer, load_tokenizer
@@ -239,8 +240,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    require_device(args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     folders = {"teacher": args.teacher}
     for pair in args.student:
