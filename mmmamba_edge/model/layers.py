@@ -160,10 +160,14 @@ class Attention(nn.Module):
             else:
                 visible = torch.arange(past + seq, device=x.device) <= positions[..., None]
                 visible = visible[:, None]
+            heads = q.shape[1]
+            if seq == 1:
+                # A kv head's queries as its rows: with a mask, enable_gqa would copy the cache.
+                q = q.reshape(batch, state.key.shape[1], -1, q.shape[3])
             y = F.scaled_dot_product_attention(
                 q, state.key[:, :, used], state.value[:, :, used],
-                attn_mask=visible, enable_gqa=True,
-            )  # fmt: skip
+                attn_mask=visible, enable_gqa=seq > 1,
+            ).reshape(batch, heads, seq, -1)  # fmt: skip
             state.length += seq if lengths is None else lengths
         return self.wo(y.transpose(1, 2).flatten(2))
 
