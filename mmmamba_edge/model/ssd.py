@@ -88,6 +88,20 @@ def chunked(
     """
     if (half := _half_precision(q)) and (kernel := mamba_kernel()):
         return _chunked_by(kernel, q.to(half), k.to(half), v.to(half), dt, a, state, chunk or CHUNK)
+    return chunked_products(q, k, v, dt, a, state, chunk=chunk)
+
+
+def chunked_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    state: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`chunked` in PyTorch's own operations, wherever it runs."""
     if chunk is None:
         # Compiled, a chunk's scores cost little, and states pass through memory several times.
         chunk = 2 * CHUNK if q.is_cuda and torch.compiler.is_dynamo_compiling() else CHUNK
