@@ -39,7 +39,7 @@ SHAPES = {  # batch, positions, heads, key/value heads, head size
     "smollm2": (16, 2048, 9, 3, 64),
     "full": (1, 8192, 16, 8, 128),
 }
-MAMBA_CHUNKS = (64, 128, 256)
+MAMBA_CHUNKS = (128, 256)
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -123,7 +123,7 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor) -> Tensor:
     return ssd.chunked_products(q, k, v, dt, a)[0]
 
 
-def _mamba(kernel: Callable[..., Tensor], chunk: int) -> Scan:
+def _mamba(kernel: Callable[..., Any], chunk: int) -> Scan:
     def scan(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, a: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         return kernel(v, dt, a, k, q, chunk_size=chunk)

@@ -31,6 +31,7 @@ from mmmamba_edge.errors import UserError
 from mmmamba_edge.model.checkpoints import load_model, open_checkpoint
 from mmmamba_edge.model.decoder import MMMamba
 from mmmamba_edge.model.device import require_device
+from mmmamba_edge.model.recorded_rows import RecordedRows
 from mmmamba_edge.prompt import Prompt, get_template
 from mmmamba_edge.status import StatusLine
 from mmmamba_edge.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +66,7 @@ FOLLOWING = (
     "Tell me more.", "Can you say that in fewer words?", "Why?", "Give me an example.", "Thanks!",
     "Are you sure?", "Say it again in other words.", "What else should I know?",
 )  # fmt: skip
+LOOK = 16  # steps after which it is asked whether all rows have ended: asking waits for the device
 PLAIN, AGAIN = 0.15, 0.33  # shares of questions about no word, of conversations with a second turn
 
 
@@ -137,20 +139,24 @@ def answers(
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     mask = torch.arange(longest) < torch.tensor([[len(prompt)] for prompt in prompts])
-    state = model.new_state(len(prompts), max_context=longest + how.most + 1)
+    room = longest + how.most + 1
+    room += -room % 64  # attention takes masks of such widths as they are
+    state = model.new_state(len(prompts), max_context=room)
     logits, state = model.prefill(ids.to(device), state, attention_mask=mask.to(device))
+    rows = RecordedRows(model, state)
     generator = torch.Generator(device).manual_seed(seed)
     ends = torch.tensor(sorted(stop), device=device)
     said, over = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
     picture = model.config.img_context_token_id  # no word that anyone may say
-    for _ in range(how.most + 1):
+    for i in range(how.most + 1):
         logits[:, picture] = -torch.inf
         token = _drawn(logits, how, generator)
         said.append(token)
         over |= torch.isin(token, ends)
-        if bool(over.all()):
+        if i % LOOK == 0 and bool(over.all()):
             break
-        logits, state = model.step(token, state)
+        if i < how.most:
+            logits = rows.step(token)
     return [_until(row, stop) for row in torch.stack(said, 1).tolist()]
 
 

@@ -55,6 +55,7 @@ class AttentionState:
     key: Tensor  # (batch, kv_heads, capacity, head_dim), after RoPE
     value: Tensor  # (batch, kv_heads, capacity, head_dim)
     length: Tensor  # (batch,) int64: tokens read
+    reach: int | None = None  # rows to read; None: the longest, for which the device is asked
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their neutral names (runtimes/base.py)."""
@@ -62,7 +63,7 @@ class AttentionState:
 
     def copy(self) -> "AttentionState":
         """An independent copy."""
-        return AttentionState(self.key.clone(), self.value.clone(), self.length.clone())
+        return AttentionState(self.key.clone(), self.value.clone(), self.length.clone(), self.reach)
 
 
 class Rotary(nn.Module):
@@ -140,10 +141,10 @@ class Attention(nn.Module):
             # Padding is on the right: causal order alone keeps it from every real query.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            past = int(state.length.max())
-            if past + seq > state.key.shape[2]:
+            end = state.reach or int(state.length.max()) + seq
+            if end > state.key.shape[2]:
                 raise UserError(
-                    f"context of {past + seq} tokens: the attention cache was made for "
+                    f"context of {end} tokens: the attention cache was made for "
                     f"{state.key.shape[2]}; start with a larger max_context"
                 )
             positions = state.length[:, None] + torch.arange(seq, device=x.device)  # (batch, seq)
@@ -153,12 +154,12 @@ class Attention(nn.Module):
             rows = torch.arange(batch, device=x.device)[:, None]
             state.key[rows, :, positions] = k.transpose(1, 2)
             state.value[rows, :, positions] = v.transpose(1, 2)
-            used = slice(0, past + seq)
-            if x.is_cuda and batch == 1:
+            used = slice(0, end)
+            if x.is_cuda and batch == 1 and state.reach is None:
                 # In words that flash attention understands: a mask of its own keeps it out.
-                visible = causal_lower_right(seq, past + seq) if seq > 1 else None
+                visible = causal_lower_right(seq, end) if seq > 1 else None
             else:
-                visible = torch.arange(past + seq, device=x.device) <= positions[..., None]
+                visible = torch.arange(end, device=x.device) <= positions[..., None]
                 visible = visible[:, None]
             heads = q.shape[1]
             if seq == 1:

@@ -24,8 +24,7 @@ class RecordedStep:
 
     def __init__(self, fused: FusedStep, state: DecoderState):
         self.fused = fused
-        _make_contiguous(state)
-        self._home = _Tensors(state)
+        self._home = Home(state)
         self._graph: torch.cuda.CUDAGraph | None = None
         if fused.device.type == "cuda":
             with torch.cuda.device(fused.device):
@@ -79,10 +78,11 @@ def _make_contiguous(state: DecoderState) -> None:
         setattr(owner, name, getattr(owner, name).contiguous())
 
 
-class _Tensors:
-    """The tensors of a state, and where they belong."""
+class Home:
+    """The tensors of a state, and where they belong: a graph knows their addresses."""
 
     def __init__(self, state: DecoderState):
+        _make_contiguous(state)
         self._places = list(_places(state))
         self._tensors = [getattr(owner, name) for owner, name in self._places]
 
