@@ -72,7 +72,9 @@ def main() -> int:
 def measure(size: str, device: str, repeat: int) -> list[dict[str, Any]]:
     """A row for each way of computing the SSD at this size."""
     inputs, dy = _inputs(size, device)
+    torch.set_float32_matmul_precision("highest")
     reference = _gradients(_eager, [x.detach().float().requires_grad_() for x in inputs], dy)
+    torch.set_float32_matmul_precision("high")  # as in training
     scans, errors, seconds = _scans(device), {}, {}
     for name, scan in scans.items():
         found = _gradients(scan, inputs, dy)
