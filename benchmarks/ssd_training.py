@@ -113,7 +113,8 @@ def _inputs(size: str, device: str) -> tuple[list[Tensor], Tensor]:
 def _scans(device: str) -> dict[str, Scan]:
     scans: dict[str, Scan] = {"eager": _eager}
     if device == "cuda":
-        scans["compiled"] = torch.compile(_eager)
+        # A second size would be compiled for any size, and slower.
+        scans["compiled"] = torch.compile(_eager, dynamic=False)
         if has_triton():
             scans["kernels"] = ssd_chunked
         if kernel := ssd.mamba_kernel():
