@@ -8,7 +8,7 @@ On the same random inputs, gradients of q, k, v, dt and a included:
     kernels    training_ops.ssd_chunked, what distillation runs on CUDA
     compiled   ssd.chunked_products under torch.compile
     eager      ssd.chunked_products
-    mamba-ssm  its mamba_chunk_scan_combined, where it is installed: the fastest of its chunk sizes
+    mamba-ssm  its mamba_chunk_scan_combined, where it is installed; a row for each chunk size
 
 On CUDA each is recorded as a graph and replayed, so that no host's launches are in it. Seconds are
 medians between events on the device (a clock elsewhere), in turns, so that a card that slows down
@@ -55,6 +55,8 @@ def main() -> int:
     sizes = (args.sizes or ("smollm2,full" if args.device == "cuda" else "small")).split(",")
     try:
         require_device(args.device)
+        if args.repeat < 1:
+            raise UserError(f"--repeat {args.repeat}: expected a number above 0")
         for size in sizes:
             if size not in SHAPES:
                 raise UserError(f"--sizes {size}: expected some of {', '.join(SHAPES)}")

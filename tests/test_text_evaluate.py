@@ -107,6 +107,7 @@ def test_figures_are_those_of_whole_logits(run):
     teacher = load_model(run / "teacher")
     student = load_model(run / "run/stage3/checkpoint", dtype=torch.float32)
     ids = windows(open_tokens(run / "tokens", "test", 40), 16, 5)
+    assert set(windows(open_tokens(run / "tokens", "test", 40), 16, 5, ["verse"])) == {"prose"}
     assert set(ids) == {"verse", "prose"} and ids["verse"].shape == (5, 16)
     sums = measure(teacher, {"s": student}, ids["verse"], rows=2)["s"]
     text = torch.from_numpy(ids["verse"].astype(np.int64))
@@ -146,6 +147,8 @@ def test_the_command_writes_figures_and_refuses_nonsense(run, capsys):
     assert "| hybrid | all |" in (run / "results/table.md").read_text()
     assert evaluate(["--student", "hybrid", *more]) == 2
     assert "NAME=FOLDER" in capsys.readouterr().err
+    assert evaluate(["--student", f"hybrid={student}", "--without", "prosa", *more]) == 2
+    assert "--without prosa" in capsys.readouterr().err
 
 
 def test_mixers_travel_alone_and_join_their_teacher(run, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def answers(
         row[: len(prompt)] = torch.tensor(prompt)
     mask = torch.arange(longest) < torch.tensor([[len(prompt)] for prompt in prompts])
     room = longest + how.most + 1
-    room += -room % 64  # attention takes masks of such widths as they are
+    room += -room % 64  # attention copies a mask whose width is no multiple of 8
     state = model.new_state(len(prompts), max_context=room)
     logits, state = model.prefill(ids.to(device), state, attention_mask=mask.to(device))
     rows = RecordedRows(model, state)

@@ -10,7 +10,7 @@ intervals over windows) and `samples.md` (greedy answers of each).
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,18 @@ QUESTIONS = ("What is the capital of France?", "Explain what a text editor is, i
 MEASURES = ("tokens", "teacher_nll", "student_nll", "kl", "agree")
 
 
-def windows(tokens: PackedTokens, length: int, most: int) -> dict[str, np.ndarray]:
+def windows(
+    tokens: PackedTokens, length: int, most: int, without: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """At most `most` windows (n, length) of each source that has one, evenly over its tokens."""
+    if unknown := set(without) - set(tokens.files):
+        raise UserError(
+            f"--without {', '.join(sorted(unknown))}: {tokens.folder} has {', '.join(tokens.files)}"
+        )
     found = {}
     for name, ids in tokens.files.items():
+        if name in without:
+            continue
         there = len(ids) // length
         if count := min(there, most):
             starts = [i * there // count * length for i in range(count)]
@@ -218,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mmmamba_edge.distill.text.evaluate",
         description="Perplexity of students and their teacher, KL and agreement on held-out text.",
+        epilog="example: python -m mmmamba_edge.distill.text.evaluate --teacher smollm2 --tokens "
+        "text/tokens --student linear=runs/linear/stage3/checkpoint --out results",
     )
     parser.add_argument("--teacher", type=Path, required=True, help="checkpoint folder")
     parser.add_argument(
@@ -227,6 +237,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window (2048)")
     parser.add_argument("--windows", type=int, default=64, help="of each source at most (64)")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="SOURCE", help="leave it out (repeatable)"
+    )
     parser.add_argument("--sample-tokens", type=int, default=60, help="0: no samples")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="folder; its results are replaced")
@@ -249,14 +262,15 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError(f"--student {pair}: expected NAME=FOLDER, NAME other than teacher")
         folders[name] = Path(folder)
     vocab = open_checkpoint(args.teacher).config.vocab_size
-    by_source = windows(open_tokens(args.tokens, args.split, vocab), args.length, args.windows)
+    tokens = open_tokens(args.tokens, args.split, vocab)
+    by_source = windows(tokens, args.length, args.windows, args.without)
     models = {name: load_model(folder, args.device, dtype) for name, folder in folders.items()}
     students = {name: model for name, model in models.items() if name != "teacher"}
     results = evaluate(models["teacher"], students, by_source)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {
-        "split": args.split, "length": args.length, "windows": args.windows,
-        "device": args.device, "dtype": str(dtype).removeprefix("torch."),
+        "split": args.split, "without": args.without, "length": args.length,
+        "windows": args.windows, "device": args.device, "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "students": {name: str(folder) for name, folder in folders.items()},
     }  # fmt: skip

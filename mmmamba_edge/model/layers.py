@@ -141,7 +141,7 @@ class Attention(nn.Module):
             # Padding is on the right: causal order alone keeps it from every real query.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            end = state.reach or int(state.length.max()) + seq
+            end = int(state.length.max()) + seq if state.reach is None else state.reach
             if end > state.key.shape[2]:
                 raise UserError(
                     f"context of {end} tokens: the attention cache was made for "

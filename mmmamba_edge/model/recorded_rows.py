@@ -27,11 +27,11 @@ class RecordedRows:
 
     def __init__(self, model: MMMamba, state: DecoderState):
         self.model, self.state = model, state
-        self._room: int | None = None  # tokens
-        for layer in state.layers:
-            if isinstance(layer, AttentionState):
-                layer.reach = layer.key.shape[2]
-                self._room = layer.reach - int(state.length.max())
+        caches = [layer for layer in state.layers if isinstance(layer, AttentionState)]
+        for cache in caches:
+            cache.reach = cache.key.shape[2]
+        # Of each cache its own: with pictures the two halves may have read different numbers.
+        self._room = min((c.key.shape[2] - int(c.length.max()) for c in caches), default=None)
         self._ids = torch.empty_like(state.length)
         self._home = Home(state)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -43,8 +43,8 @@ class RecordedRows:
         if self._room is not None:
             if not self._room:
                 raise UserError(
-                    "the attention cache is full: start with a larger max_context, "
-                    "which is now the prompt's tokens and the steps taken"
+                    f"context of {int(self.state.length.max()) + 1} tokens: the attention cache "
+                    "was made for fewer; start with a larger max_context"
                 )
             self._room -= 1
         self._ids.copy_(token_ids)
@@ -54,7 +54,8 @@ class RecordedRows:
             self._ran = True
             return self._read()
         if self._graph is None:
-            self._graph = record(self._record)
+            with torch.cuda.device(self._ids.device):
+                self._graph = record(self._record)
         self._graph.replay()
         return self._logits
 

@@ -79,7 +79,7 @@ def _make_contiguous(state: DecoderState) -> None:
 
 
 class Home:
-    """The tensors of a state, and where they belong: a graph knows their addresses."""
+    """The tensors of a state, made contiguous, and where they belong: a graph knows addresses."""
 
     def __init__(self, state: DecoderState):
         _make_contiguous(state)
