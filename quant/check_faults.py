@@ -26,6 +26,7 @@ EXPLAINED_DB = 6.0  # a fault explains an error if what is left is this near to 
 LAST = {8: 127, 4: 7}  # the codes at the end of the range, in size
 FLOAT_DB = 60.0  # of what is kept in float16 or float32
 SCALE = (0.75, 1.33)  # a scale's factor between these may be a method's choice
+CHANCE = 6.0  # standard errors of that factor that chance reaches in no model: one group in 1e9
 COLUMN = (0.4, 1.75)  # likewise of a column, over all rows
 
 
@@ -158,6 +159,8 @@ class _Scales:
         telling = power > np.maximum(inside.sum(axis=2), 1) * np.square(nearest.scale)
         low, high = SCALE
         off = ~((factor >= low) & (factor <= high))
+        spread = left / np.maximum(inside.sum(axis=2) - 1, 1)  # the factor's variance times power
+        off &= np.square(factor - 1) * power > CHANCE**2 * spread
         wrong = telling & off & (left <= rounding * 10 ** (EXPLAINED_DB / 10))
         self._groups += rows * groups
         self._wrong += int(wrong.sum())

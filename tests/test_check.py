@@ -194,6 +194,20 @@ def test_weights_that_a_method_clips_are_no_wrong_scale():
     assert "group 1 is 0.60" in compared(wrong, want).fault
 
 
+def test_weights_moved_at_random_are_no_wrong_scale():
+    """Among very many groups of small weights a few seem larger: one of SmolLM2's did."""
+    rng = np.random.default_rng(0)
+    want = rng.standard_normal((4000, 640)).astype(np.float32)
+    want[:, ::32] *= 5  # they choose the scale
+    codes = quantize_int4(want, 32)
+    steps = want.reshape(4000, 20, 32) / codes.scale[..., None]
+    moved = np.rint(steps + 0.55 * rng.standard_normal(steps.shape)).clip(-7, 7).astype(np.int8)
+    assert not compared(Codes(moved.reshape(want.shape), codes.scale, 4), want).fault
+    scale = codes.scale.copy()
+    scale[7, 3] *= 1.5
+    assert "row 7, group 3 is 1." in compared(Codes(codes.codes, scale, 4), want).fault
+
+
 def compared(codes, want):
     def read(start, stop):
         return Codes(codes.codes[start:stop], codes.scale[start:stop], 4)
