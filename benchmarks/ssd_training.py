@@ -12,9 +12,9 @@ On the same random inputs, gradients of q, k, v, dt and a included:
 
 On CUDA each is recorded as a graph and replayed, so that no host's launches are in it. Seconds are
 medians between events on the device (a clock elsewhere), in turns, so that a card that slows down
-slows all of them. The error is a gradient's largest difference from float32,
-to its largest value; the worst of the five. mamba-ssm's kernels repeat keys and values for every
-query head first, as they must: its time includes that.
+slows all of them. The error is a gradient's largest difference from float32, to its largest value;
+the worst of the five. For mamba-ssm keys and values are repeated for every query head first, as
+its kernels ask: its time includes that.
 """
 
 import argparse

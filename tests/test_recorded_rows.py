@@ -35,9 +35,8 @@ def test_it_says_what_steps_say(kinds, device, dtype, tolerance, monkeypatch):
     tokens = torch.randint(10, 40, (5, 3), device=device)
     want = [model.step(token, plain)[0] for token in tokens]
     for i, token in enumerate(tokens):
-        if (
-            device == "cuda" and i == 2
-        ):  # one step ran, one was recorded: Python has no part in more
+        # One step ran, one was recorded: on CUDA Python has no part in more.
+        if device == "cuda" and i == 2:
             monkeypatch.setattr(model, "encode", None)
         torch.testing.assert_close(rows.step(token), want[i], **tolerance._asdict())
     assert state.length.tolist() == [14, 9, 11]

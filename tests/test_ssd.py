@@ -9,7 +9,7 @@ import torch
 import oracle
 from mmmamba_edge.model import ssd
 from mmmamba_edge.model.mixer import causal_conv
-from tolerances import CHUNKED, STEPS
+from tolerances import CHUNKED, CHUNKED_16, STEPS
 
 LENGTHS = (1, 63, 64, 65, 130)
 
@@ -135,7 +135,7 @@ def test_cuda_is_the_oracle(length, name):
     want, want_state = ssd.scan(*(x.double() for x in (q, k, v)), dt, a, state)
     moved = [x.cuda() for x in (q, k, v, dt.float())]
     y, final = ssd.chunked(*moved, a.float().cuda(), state.float().cuda())
-    tolerance = CHUNKED[name]._asdict()
+    tolerance = CHUNKED_16[name]._asdict()
     torch.testing.assert_close(y.cpu().double(), want, **tolerance)
     torch.testing.assert_close(final.cpu().double(), want_state, **tolerance)
 

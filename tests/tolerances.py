@@ -15,15 +15,16 @@ GOLDEN_LOGITS = Tolerance(0, 2e-4)
 GOLDEN_MIXER = Tolerance(0, 1e-4)
 GOLDEN_LOSS = Tolerance(1e-5, 0)  # values of 1 to 2,000
 
-# chunked against the float64 oracle; measured 2e-6 relative in float32 at 130 steps, and 0.08 in
-# bfloat16 where outputs reach 19 (PyTorch's operations, on a CPU and on a card; small outputs are
-# differences of large ones)
+# chunked against the float64 oracle; measured 2e-6 relative in float32 at 130 steps
 CHUNKED = {
     "float64": Tolerance(1e-10, 1e-10),
     "float32": Tolerance(3e-4, 1e-3),
     "float16": Tolerance(5e-3, 1e-2),
-    "bfloat16": Tolerance(1e-2, 1e-1),
+    "bfloat16": Tolerance(1e-2, 5e-2),
 }
+# with keys and values of 16, whose outputs reach 19 and whose small ones are differences of large
+# ones: measured 0.08 in bfloat16 (PyTorch's operations, on a CPU and on a card)
+CHUNKED_16 = CHUNKED | {"bfloat16": Tolerance(1e-2, 1e-1)}
 # steps against one pass of the same dtype
 STEPS = {"float64": Tolerance(1e-10, 1e-10), "float32": Tolerance(1e-5, 1e-5)}
 
